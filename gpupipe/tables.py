@@ -35,10 +35,14 @@ class Lookup:
         constants: float32 [C, 5] or None: ``a, a_low, mean, b, b_low`` of the form
             ``t = fma(x, a, x * a_low) - mean; fma(t, b, t * b_low)``, rounded to the dtype.
             Only given after it was compared with all of ``values``, bit by bit.
+        host: what the CPU kernels derive from it once, by memory format.
     """
 
     values: torch.Tensor
     constants: NDArray[np.float32] | None = None
+    host: dict[str, tuple[NDArray[np.int32], NDArray[np.float32] | None]] = field(
+        default_factory=dict, repr=False
+    )
     _copies: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property

@@ -1,0 +1,132 @@
+"""The CPU twins of ``cuda_ops``: the same names, the same signatures, the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gpupipe.geometry import check
+from gpupipe.tables import Images, Layout, Lookup, Rows
+from gpupipe.threads import split
+
+if TYPE_CHECKING:
+    from gpupipe.cpu_kernels import Kernel
+
+STREAMING_BYTES = 16 << 20
+"""Outputs of one call beyond this size are written around the cache."""
+
+THREAD_BYTES = 256 << 10
+"""A helper thread is woken for at least this much output."""
+
+MAX_VECTOR_CHANNELS = 4
+
+_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+_BITS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
+_NO_ROWS: NDArray[np.int64] = np.empty(0, np.int64)
+
+
+def normalize(
+    images: Images,
+    rows: Rows | None,
+    outputs: Sequence[torch.Tensor],
+    lookup: Lookup,
+    *,
+    layout: Layout,
+) -> None:
+    """Gather raw images and write what the pipeline makes of every pixel.
+
+    ``outputs[n // B][n % B, c, h, w] = lookup.values[c, images[rows[n], h, w, c]]`` where B is the
+    batch size of all outputs but the last.
+
+    Args:
+        images: uint8 array [M, H, W, C], [M, C, H, W] or [M, H, W], contiguous.
+        rows: int64 [N] indices into ``images``, or None for all of them in order.
+        outputs: tensors [B, C, H, W], contiguous or channels_last, or [B, H, W], of
+            ``lookup.dtype``; all but the last of the same B, N images in all.
+        lookup: the pipeline.
+        layout: of ``images``.
+
+    Raises:
+        InputError: a dtype, shape or layout that does not fit.
+        IndexRangeError: a row that ``images`` does not have.
+    """
+    g = check(images, rows, outputs, lookup, layout, "cpu")
+    if not g.count or not g.pixels:
+        return
+    source = images if isinstance(images, np.ndarray) else images.numpy()
+    picked = _NO_ROWS if rows is None else np.ascontiguousarray(rows)
+    base = source.__array_interface__["data"][0]
+    addresses = np.array([output.data_ptr() for output in outputs], np.int64)
+    table, constants = _host_tables(lookup, planar=g.planar_out)
+    written = g.count * g.pixels * g.channels * lookup.dtype.itemsize
+    streaming = _streams(g.pixels, addresses, written)
+    kernel = _kernel(g.channels, g.planar_in, g.planar_out, lookup, streaming)
+
+    def run(begin: int, end: int) -> None:
+        kernel(
+            base, picked, addresses, g.per_output, begin, end, g.pixels, g.channels,
+            table, 0 if constants is None else constants.ctypes.data,
+        )  # fmt: skip
+
+    split(run, g.count, None if written >= 2 * THREAD_BYTES else 1)
+
+
+def _streams(pixels: int, addresses: NDArray[np.int64], written: int) -> bool:
+    """Whether stores may and should go around the cache: aligned, and larger than it."""
+    aligned = pixels % 16 == 0 and not (addresses % 64).any()
+    return aligned and written > STREAMING_BYTES
+
+
+def _kernel(
+    channels: int, planar_in: bool, planar_out: bool, lookup: Lookup, streaming: bool
+) -> Kernel:
+    """Return the compiled kernel for one case."""
+    if lookup.constants is None or channels > MAX_VECTOR_CHANNELS:
+        return _compiled_table(planar_in, planar_out, lookup.dtype.itemsize)
+    return _compiled_vector(channels, planar_in, planar_out, _KINDS[lookup.dtype], streaming)
+
+
+@cache
+def _compiled_table(planar_in: bool, planar_out: bool, size: int) -> Kernel:
+    from gpupipe import cpu_kernels  # numba alone costs 0.3 s
+
+    return cpu_kernels.table(planar_in, planar_out, size)
+
+
+@cache
+def _compiled_vector(
+    channels: int, planar_in: bool, planar_out: bool, kind: int, streaming: bool
+) -> Kernel:
+    from gpupipe import cpu_kernels  # numba alone costs 0.3 s
+
+    return cpu_kernels.vector(channels, planar_in, planar_out, kind, streaming)
+
+
+def _host_tables(
+    lookup: Lookup, *, planar: bool
+) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
+    """Return the table's bits as int32 [C * 256], and the constants as [C, 5, 16] vectors.
+
+    For interleaved output, vector k of a block of 16 pixels holds the channels
+    ``(16 k + lane) % C``, lane by lane.
+    """
+    key = ("planar" if planar else "interleaved")
+    if key not in lookup.host:
+        bits = lookup.values.contiguous().view(_BITS[lookup.dtype.itemsize])
+        table = bits.to(torch.int32).flatten().numpy()
+        constants = None
+        if lookup.constants is not None:
+            lanes = np.arange(16 * lookup.channels).reshape(lookup.channels, 16)
+            channel = lanes // 16 if planar else lanes % lookup.channels
+            raw = np.empty(lookup.channels * 5 * 16 * 4 + 64, np.uint8)
+            start = -raw.ctypes.data % 64
+            constants = raw[start : start + lookup.channels * 5 * 16 * 4].view(np.float32)
+            constants = constants.reshape(lookup.channels, 5, 16)
+            constants[...] = lookup.constants[channel].transpose(0, 2, 1)
+        lookup.host[key] = (table, constants)
+    return lookup.host[key]

@@ -1,0 +1,230 @@
+"""``DataLoader``: torch's, with the transform's pointwise part compiled to one kernel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch.utils.data import DataLoader as TorchDataLoader
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+from gpupipe import planning
+from gpupipe.errors import InputError
+from gpupipe.plan import Plan
+from gpupipe.planning import Settings
+from gpupipe.routes import EpochBatches
+
+T = TypeVar("T")
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+Auto = Literal["auto"]
+Device = str | int | torch.device | None
+
+
+@dataclass
+class LoaderStats:
+    """What a loader has done so far.
+
+    Attributes:
+        epochs: iterations begun.
+        batches: batches delivered.
+        deviations: samples that went through the original transform after all.
+        seconds_waited: time that the loop spent in ``next()``, s.
+    """
+
+    epochs: int = 0
+    batches: int = 0
+    deviations: int = 0
+    seconds_waited: float = 0.0
+
+
+class DataLoader(TorchDataLoader[T]):
+    """torch's ``DataLoader`` whose batches are normalised by one kernel, with the same bits.
+
+    The order is torch's for the same generator state. What cannot be fused runs as in torch, and
+    ``print(loader.plan)`` says what and why.
+
+    Args:
+        dataset: map-style or iterable; stays the user's object, ``loader.dataset``.
+        batch_size: as torch's, and so are all arguments up to ``in_order``; ``pin_memory`` is
+            accepted and ignored.
+        shuffle: see ``batch_size``.
+        sampler: see ``batch_size``.
+        batch_sampler: see ``batch_size``.
+        num_workers: worker processes where a dataset's own Python makes the samples; datasets
+            that lie in an array need none and start none.
+        collate_fn: see ``batch_size``.
+        pin_memory: see ``batch_size``.
+        drop_last: see ``batch_size``.
+        timeout: see ``batch_size``.
+        worker_init_fn: see ``batch_size``.
+        multiprocessing_context: see ``batch_size``.
+        generator: see ``batch_size``.
+        prefetch_factor: see ``batch_size``.
+        persistent_workers: see ``batch_size``.
+        pin_memory_device: see ``batch_size``.
+        in_order: see ``batch_size``.
+        transform: ``"auto"`` takes the torchvision transform off the dataset. A transform is
+            applied to the image of each sample (the sample, or its first item), on top of what the
+            dataset does. None: nothing is lifted.
+        device: where batches arrive; None: the current CUDA device if there is one, else the CPU.
+            Resolved when iteration begins.
+        dtype: of the images: float32, float16 or bfloat16; None: as the transform returns them.
+            The result is rounded once, as ``.to(dtype)`` does.
+        memory_format: of the images, ``torch.contiguous_format`` or ``torch.channels_last``.
+        cache: ``"device"`` keeps the raw dataset on the GPU and gathers there.
+        strict: raise ``PlanError`` where an operator is not fused, instead of a warning.
+        return_indices: yield ``(batch, indices)``, indices int64 [N] on the CPU.
+
+    Raises:
+        InputError: an argument that cannot be used, an empty dataset.
+        PlanError: (when iteration begins) constants that cannot work; with ``strict``, anything
+            that is not fused.
+        DeviceError: (when iteration begins) a device that is not there.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[T],
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        sampler: Sampler[Any] | Iterable[Any] | None = None,
+        batch_sampler: Sampler[list[Any]] | Iterable[list[Any]] | None = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: torch.Generator | None = None,
+        *,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        pin_memory_device: str = "",
+        in_order: bool = True,
+        transform: Callable[[Any], Any] | Auto | None = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        cache: Literal["device"] | None = None,
+        strict: bool = False,
+        return_indices: bool = False,
+    ) -> None:
+        _check_arguments(dataset, transform, dtype, memory_format, cache)
+        self.transform = transform
+        self.device = device
+        self.dtype = dtype
+        self.memory_format = memory_format
+        self.cache = cache
+        self.strict = strict
+        self.return_indices = return_indices
+        super().__init__(
+            dataset,
+            batch_size,
+            shuffle,
+            sampler,
+            batch_sampler,
+            num_workers,
+            collate_fn,
+            pin_memory,
+            drop_last,
+            timeout,
+            worker_init_fn,
+            multiprocessing_context,
+            generator,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers,
+            pin_memory_device=pin_memory_device,
+            in_order=in_order,
+        )
+        self._state = planning.State()
+        self._stats = LoaderStats()
+
+    @property
+    def plan(self) -> Plan:
+        """What runs where, and why; ``print`` it. Uses no GPU."""
+        return planning.plan(self, self._settings(), self._state)
+
+    @property
+    def stats(self) -> LoaderStats:
+        """What this loader has done so far."""
+        self._stats.deviations = self._state.deviations
+        return self._stats
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the sampler (and batch sampler) which epoch comes next, where it wants to know.
+
+        Args:
+            epoch: counted from 0; a ``DistributedSampler`` shuffles by it.
+        """
+        for sampler in (self.sampler, self.batch_sampler):
+            tell = getattr(sampler, "set_epoch", None)
+            if callable(tell):
+                tell(epoch)
+
+    def _settings(self) -> Settings:
+        return Settings(
+            self.transform, self.device, self.dtype, self.memory_format, self.cache, self.strict
+        )
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override] # torch promises its own class
+        """Begin an epoch."""
+        batches = planning.begin(self, self._settings(), self._state)
+        self._stats.epochs += 1
+        return _Epoch(batches, self._stats, with_indices=self.return_indices)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave compiled and device state behind; it is made again where the copy iterates."""
+        return {**self.__dict__, "_state": planning.State(), "_iterator": None}
+
+
+class _Epoch(Iterator[Any]):
+    """Counts, times and, where asked to, adds the indices."""
+
+    def __init__(self, batches: EpochBatches, stats: LoaderStats, *, with_indices: bool) -> None:
+        self._batches = batches
+        self._stats = stats
+        self._with_indices = with_indices
+
+    def __next__(self) -> Any:
+        """Return the next batch."""
+        start = time.perf_counter()
+        batch = next(self._batches)
+        self._stats.seconds_waited += time.perf_counter() - start
+        self._stats.batches += 1
+        if self._with_indices:
+            return batch, torch.from_numpy(self._batches.indices)
+        return batch
+
+
+def _check_arguments(
+    dataset: Any, transform: Any, dtype: Any, memory_format: Any, cache: Any
+) -> None:
+    """Refuse at once what cannot work later."""
+    sized = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+    if sized and len(dataset) == 0:
+        raise InputError(
+            f"dataset must have samples, got an empty {type(dataset).__name__}; "
+            "check its path and split"
+        )
+    if not (callable(transform) or transform is None or transform == "auto"):
+        raise InputError(
+            f'transform must be "auto", a callable or None, got {transform!r}; pass a Compose'
+        )
+    if dtype is not None and dtype not in _FLOATS:
+        raise InputError(
+            f"dtype must be torch.float32, float16 or bfloat16, got {dtype}; "
+            "convert to others in the training step"
+        )
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise InputError(
+            f"memory_format must be torch.contiguous_format or torch.channels_last, "
+            f"got {memory_format}; choose one of them"
+        )
+    if cache not in (None, "device"):
+        raise InputError(f'cache must be None or "device", got {cache!r}; leave it out')

@@ -1,0 +1,347 @@
+"""The ways in which a loader's batches are made; ``loader`` picks one when iteration begins.
+
+``ArrayRoute``: raw pixels lie in arrays; gather and kernel, no Python per sample.
+``RecordedRoute``: ``dataset[i]`` runs, a recorder takes the raw image out; the kernel does the rest.
+``TorchRoute``: torch's own loader, transform and all; its batches are moved to the device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader as TorchDataLoader
+
+from gpupipe.batch import Assemble, assembler, move, restyle
+from gpupipe.devices import CpuDevice, Device
+from gpupipe.errors import InputError
+from gpupipe.images import ImageKind
+from gpupipe.plan import Pipeline, Plan, prove
+from gpupipe.resident import DeviceImages, HostImages, ResidentFeed
+from gpupipe.sampling import IndexBatches
+from gpupipe.sources import ArraySource
+from gpupipe.staging import Column, FeedSpec
+from gpupipe.tables import Layout, Lookup
+from gpupipe.transfer import Batch, StagedFeed
+
+CHUNK_BYTES = 8 << 20
+"""Outputs that one launch makes at most, of several batches."""
+
+MAX_CHUNK = 32
+"""Batches in one launch at most."""
+
+DEPTH = 3
+"""Chunks under way at once on a device that works asynchronously."""
+
+
+class Feed(Protocol):
+    """Makes batches from rows, in order."""
+
+    pending: int
+
+    def submit(self, batches: Any) -> None:
+        """Ask for a chunk of batches."""
+
+    def next(self) -> Batch:
+        """Return the next batch."""
+
+    def close(self) -> None:
+        """Free everything."""
+
+
+class EpochBatches(Iterator[Any]):
+    """The batches of one epoch.
+
+    Attributes:
+        indices: int64 [N]: the dataset indices of the batch that was returned last.
+    """
+
+    indices: NDArray[np.int64] = np.empty(0, np.int64)
+
+
+class Batches(EpochBatches):
+    """One epoch over an array source."""
+
+    def __init__(
+        self,
+        indices: IndexBatches,
+        source: ArraySource,
+        feed: Feed,
+        assemble: Assemble,
+        plan: Plan,
+        *,
+        chunk: int,
+        depth: int,
+        free_ahead: int,
+    ) -> None:
+        self._indices = indices
+        self._source = source
+        self._feed = feed
+        self._assemble = assemble
+        self._plan = plan
+        self._most = chunk
+        self._chunk = 1  # the first batch comes soon, later ones many at a time
+        self._depth = depth
+        self._free_ahead = free_ahead
+        self._taken: deque[NDArray[np.int64]] = deque()
+        self._sizes: deque[int] = deque()
+        self._error: BaseException | None = None
+
+    def __next__(self) -> Any:
+        """Return the next batch."""
+        if len(self._sizes) < self._depth and self._error is None:
+            self.top_up()
+        if not self._taken:
+            self.close()
+            raise self._error or StopIteration
+        images, columns = self._feed.next()
+        self.indices = self._taken.popleft()
+        self._sizes[0] -= 1
+        if not self._sizes[0]:
+            self._sizes.popleft()
+        self._plan.batches += 1
+        return self._assemble(images, columns, self.indices)
+
+    def top_up(self) -> None:
+        """Read indices, as far ahead as nobody can tell, and ask for their batches."""
+        while len(self._sizes) < self._depth and self._may_read():
+            batches: list[NDArray[np.int64]] = []
+            try:
+                while len(batches) < self._chunk and (not batches or self._may_read(len(batches))):
+                    batches.append(next(self._indices))
+            except Exception as error:  # noqa: BLE001 # raised once the batches before it are out
+                self._error = error
+            self._chunk = min(2 * self._chunk, self._most)
+            full = [batch for batch in batches if len(batch)]
+            if full:
+                self._taken.extend(full)
+                self._sizes.append(len(full))
+                self._feed.submit([self._source.locate(batch) for batch in full])
+            if self._error is not None:
+                return
+
+    def _may_read(self, more: int = 0) -> bool:
+        ahead = len(self._taken) + more
+        return ahead == 0 or self._indices.ahead() > 0 or ahead < self._free_ahead
+
+    def close(self) -> None:
+        """Stop threads and free memory; the iterator is at its end."""
+        self._taken.clear()
+        self._sizes.clear()
+        self._feed.close()
+        if self._error is None:
+            self._error = StopIteration()
+
+
+def feed_spec(
+    pipeline: Pipeline,
+    lookup: Lookup,
+    kind: ImageKind,
+    image_shape: tuple[int, ...],
+    layout: Layout,
+    memory_format: torch.memory_format,
+    columns: tuple[Column, ...] = (),
+) -> FeedSpec:
+    """Describe a sample; the output's shape is what the user's transform gives one image."""
+    sizes = dict(zip(layout[1:], image_shape, strict=True))
+    blank = np.zeros((sizes["H"], sizes["W"], kind.channels), np.uint8)
+    output_shape = tuple(pipeline.suffix(kind.build(blank)).shape)
+    flat = len(output_shape) != 3  # noqa: PLR2004 # [H, W] cannot be channels_last
+    return FeedSpec(
+        image_shape,
+        layout,
+        lookup,
+        output_shape,
+        torch.contiguous_format if flat else memory_format,
+        columns,
+    )
+
+
+def proved(
+    device: Device,
+    pipeline: Pipeline,
+    lookup: Lookup,
+    kind: ImageKind,
+    layout: Layout,
+    memory_format: torch.memory_format,
+) -> Lookup | None:
+    """Prove the device's kernel against torchvision; see ``plan.prove``."""
+
+    def render(raw: NDArray[np.uint8], tried: Lookup) -> torch.Tensor:
+        spec = feed_spec(pipeline, tried, kind, raw.shape[1:], layout, memory_format)
+        feed = StagedFeed(device, spec, _Rows(raw), depth=1, threaded=False)
+        try:
+            feed.submit([np.arange(len(raw))])
+            images, _ = feed.next()
+            device.current_stream().synchronize()
+            return images.cpu()
+        finally:
+            feed.close()
+
+    return prove(pipeline, lookup, kind, layout, render)
+
+
+class _Rows:
+    """Reads rows of an array, for the proof."""
+
+    def __init__(self, raw: NDArray[np.uint8]) -> None:
+        self._raw = raw
+
+    def __call__(self, rows: NDArray[np.int64], views: list[NDArray[Any]]) -> None:
+        views[0][...] = self._raw[rows]
+
+
+class _ReadSource:
+    """Reads images and columns of a source, on the producer's thread."""
+
+    def __init__(self, source: ArraySource) -> None:
+        self._source = source
+
+    def __call__(self, rows: NDArray[np.int64], views: list[NDArray[Any]]) -> None:
+        images, *columns = views
+        self._source.read_images(rows, images)
+        for number, column in enumerate(columns):
+            column[...] = self._source.read_column(number, rows)
+
+
+class ArrayRoute:
+    """Batches of an array source, made by the kernel."""
+
+    def __init__(
+        self,
+        device: Device,
+        source: ArraySource,
+        spec: FeedSpec,
+        plan: Plan,
+        *,
+        cached: DeviceImages | None,
+    ) -> None:
+        self._device = device
+        self._source = source
+        self._spec = spec
+        self._plan = plan
+        self._cached = cached
+        self._assemble, _ = assembler(source, device.torch_device)
+
+    def iterate(self, indices: IndexBatches, batch_size: int, free_ahead: int) -> Batches:
+        """Begin an epoch.
+
+        Args:
+            indices: dataset indices, batch by batch.
+            batch_size: images per batch, for the size of a launch.
+            free_ahead: batches that may be read ahead whatever the sampler is.
+        """
+        spec, device = self._spec, self._device
+        resident = self._cached
+        host = HostImages(self._source) if isinstance(device, CpuDevice) else None
+        feed: Feed
+        if resident is not None:
+            feed = ResidentFeed(device, spec, resident)
+        elif host is not None:
+            feed = ResidentFeed(device, spec, host)
+        else:
+            feed = StagedFeed(device, spec, _ReadSource(self._source), depth=DEPTH)
+        pixels = int(np.prod(spec.output_shape)) * spec.lookup.dtype.itemsize
+        chunk = CHUNK_BYTES // max(1, pixels * batch_size)
+        return Batches(
+            indices,
+            self._source,
+            feed,
+            self._assemble,
+            self._plan,
+            chunk=min(max(chunk, 1), MAX_CHUNK),
+            depth=DEPTH if isinstance(feed, StagedFeed) else 1,
+            free_ahead=free_ahead,
+        )
+
+
+class TorchRoute:
+    """torch's own loader; its batches are moved to the device.
+
+    Args:
+        loader: whose arguments to use.
+        dataset: to iterate over in the place of the loader's.
+        with_indices: keep the indices of each batch.
+    """
+
+    def __init__(
+        self, loader: TorchDataLoader[Any], dataset: Any, *, with_indices: bool = False
+    ) -> None:
+        inner = copy.copy(loader)
+        inner.__class__ = TorchDataLoader
+        inner.__dict__.update(dataset=dataset, _iterator=None, pin_memory=False)
+        self._seen: _Seen | None = None
+        if with_indices:
+            if loader.batch_sampler is None:
+                raise InputError(
+                    "return_indices needs batches of indices, got an IterableDataset or "
+                    "batch_size=None; leave it out"
+                )
+            self._seen = _Seen(loader.batch_sampler)
+            inner.__dict__["batch_sampler"] = self._seen
+        self._inner = inner
+
+    def iterate(self, finish: Callable[[Any], Any], plan: Plan) -> EpochBatches:
+        """Begin an epoch; ``finish`` is applied to every batch."""
+        if self._seen is not None:
+            self._seen.batches.clear()
+        return _Moved(iter(self._inner), finish, plan, self._seen)
+
+
+class _Seen:
+    """A batch sampler that remembers what it gave out."""
+
+    def __init__(self, batch_sampler: Any) -> None:
+        self._inner = batch_sampler
+        self.batches: deque[NDArray[np.int64]] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._inner:
+            self.batches.append(np.array(batch, np.int64))
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+
+class _Moved(EpochBatches):
+    """Applies ``finish`` to every batch of torch's iterator."""
+
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        finish: Callable[[Any], Any],
+        plan: Plan,
+        seen: _Seen | None,
+    ) -> None:
+        self._batches = batches
+        self._finish = finish
+        self._plan = plan
+        self._seen = seen
+
+    def __next__(self) -> Any:
+        """Return the next batch."""
+        batch = self._finish(next(self._batches))
+        self._plan.batches += 1
+        if self._seen is not None:
+            self.indices = self._seen.batches.popleft()
+        return batch
+
+
+def finisher(
+    device: torch.device, dtype: torch.dtype | None, memory_format: torch.memory_format
+) -> Callable[[Any], Any]:
+    """Return what a batch of torch's own loader still needs."""
+    restyled = dtype is not None or memory_format is not torch.contiguous_format
+    stays = device.type == "cpu"
+
+    def finish(batch: Any) -> Any:
+        batch = batch if stays else move(batch, device)
+        return restyle(batch, dtype, memory_format) if restyled else batch
+
+    return finish

@@ -1,0 +1,384 @@
+"""The stream protocol: from index batches to batches on the device. It lives here and nowhere else.
+
+A producer thread fills pinned slots and enqueues one copy per chunk on the copy stream. ``next``
+runs on the consumer's thread: it allocates the outputs on the consumer's current stream, launches
+there, and never waits for the device. Who waits for whom, and why: ``docs/streams.md``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gpupipe.errors import DeviceError, GpupipeError, GpupipeWarning, InputError
+from gpupipe.staging import FeedSpec, Ring, Slot, SlotState
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    from gpupipe.devices import Device, Stream
+
+Read = Callable[["NDArray[np.int64]", "list[NDArray[Any]]"], None]
+"""``read(rows, views)`` fills ``views[0]``, uint8 [len(rows), *image_shape], and one array for each
+column. It runs on the producer thread, must not refer to the feed or to the iterator that owns it,
+and must give the same for the same rows: after an error in a chunk of several batches it is called
+again, batch by batch, so that the batches before the bad one are still delivered."""
+
+Batch = tuple[torch.Tensor, tuple[torch.Tensor, ...]]
+"""The images, and the columns."""
+
+CLOSE_TIMEOUT_S = 10.0
+"""How long ``close`` waits for a read that is under way; the memory then goes with its thread."""
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A filled slot whose copy is enqueued: batches of ``sizes`` out of room for ``count``."""
+
+    slot: Slot
+    sizes: tuple[int, ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What the producer died of."""
+
+    error: BaseException
+
+
+class Producer:
+    """The half of a feed that the thread holds: it knows nothing of the half that owns it."""
+
+    def __init__(self, device: Device, spec: FeedSpec, read: Read, depth: int) -> None:
+        self.spec = spec
+        self.ring = Ring(device, depth)
+        self.tasks: SimpleQueue[list[NDArray[np.int64]] | None] = SimpleQueue()
+        self.ready: SimpleQueue[_Ready | _Failed | None] = SimpleQueue()
+        self.thread: threading.Thread | None = None
+        self.launching = threading.RLock()
+        self.stopping = False
+        self.copies = 0
+        self._read = read
+        self._errors: list[Exception] = []
+        self._pid = os.getpid()
+        self._orphaned = False
+        self._finished = False
+
+    def run(self) -> None:
+        """Serve chunks until told to stop or until one fails."""
+        try:
+            while (batches := self.tasks.get()) is not None and self.serve(batches):
+                pass
+        finally:
+            self._finished = True
+            if self._orphaned:
+                self._release()
+
+    def serve(self, batches: list[NDArray[np.int64]]) -> bool:
+        """Fill a slot, enqueue its copy, and hand it over; return whether to go on."""
+        slot = self.ring.free.get()
+        if slot is None or self.stopping:
+            return False
+        try:
+            return self._fill(slot, batches)
+        except BaseException as error:  # noqa: BLE001 - next() raises it where it belongs
+            self.ready.put(_Failed(error))
+            return False
+
+    def _fill(self, slot: Slot, batches: list[NDArray[np.int64]]) -> bool:
+        """Read and copy what can be read, then report what the rest failed with."""
+        slot.state = SlotState.FILLING
+        sizes = tuple(map(len, batches))
+        count = sum(sizes)
+        nbytes = self.spec.offsets(count)[-1]
+        slot.await_copied()
+        self.ring.reserve(slot, nbytes)
+        good = self._read_chunk(batches, self.spec.host_views(slot.buffers()[0], count))
+        if good:
+            slot.await_consumed_on(self.ring.copy_stream)
+            slot.copy(nbytes, self.ring.copy_stream)
+            slot.mark_copied(self.ring.copy_stream)
+            slot.state = SlotState.READY
+            self.copies += 1
+            self.ready.put(_Ready(slot, sizes[:good], count))
+        if self._errors:
+            self.ready.put(_Failed(self._errors.pop()))
+        return good == len(batches)
+
+    def _read_chunk(self, batches: list[NDArray[np.int64]], views: list[NDArray[Any]]) -> int:
+        """Return how many batches were read; ``_errors`` has what the one after them failed with.
+
+        No frame keeps the error: its traceback holds the frames, and the frames the memory.
+        """
+        try:
+            self._read(np.concatenate(batches), views)
+        except Exception as error:  # noqa: BLE001 - a user's dataset may raise anything
+            self._errors.append(_noted(error, np.concatenate(batches)))
+        if not self._errors:
+            return len(batches)
+        start = 0
+        for position, rows in enumerate(batches if len(batches) > 1 else ()):
+            try:
+                self._read(rows, [view[start : start + len(rows)] for view in views])
+            except Exception as error:  # noqa: BLE001 - a user's dataset may raise anything
+                self._errors[:] = [_noted(error, rows)]
+                return position
+            start += len(rows)
+        return 0
+
+    def stop(self) -> None:
+        """Stop the thread, wait for the device, free the memory. Any thread; again is no error."""
+        if os.getpid() != self._pid:
+            return  # a forked child: the thread, the device and the memory are the parent's
+        self.stopping = True
+        self.tasks.put(None)
+        self.ring.free.put(None)
+        self.ready.put(None)
+        thread = self.thread
+        if thread is threading.current_thread():
+            self._orphaned = True  # the collector runs us on the thread itself: it cleans up
+            if not self._finished:
+                return
+        elif thread is not None:
+            thread.join(CLOSE_TIMEOUT_S)
+            if thread.is_alive():
+                self._orphaned = True
+                if not self._finished:
+                    warnings.warn(
+                        f"a read has not returned for {CLOSE_TIMEOUT_S:g} s after close(); its "
+                        "thread and its memory go when it does",
+                        GpupipeWarning,
+                        stacklevel=2,
+                    )
+                    return
+        self._release()
+
+    def _release(self) -> None:
+        with self.launching:
+            self.ring.close()
+
+    @property
+    def foreign(self) -> bool:
+        """Whether this is a forked child of the process that made the feed."""
+        return os.getpid() != self._pid
+
+
+def _noted(error: Exception, rows: NDArray[np.int64]) -> Exception:
+    """Name the stage and the rows on the user's own exception."""
+    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")  # noqa: PLR2004
+    error.add_note(f"gpupipe: while reading {len(rows)} sample(s) with indices {shown}")
+    return error
+
+
+class StagedFeed:
+    """Batches on the device, in the order in which their indices were submitted.
+
+    One thread at a time may call ``submit`` and ``next``; ``close`` may run on any thread.
+
+    Args:
+        device: where batches are made.
+        spec: what a sample is.
+        read: fills host arrays, see ``Read``.
+        depth: chunks that may be under way at once, each with a slot of its own.
+        threaded: read on a thread; otherwise inside ``next``.
+    """
+
+    producer_type = Producer
+
+    def __init__(
+        self, device: Device, spec: FeedSpec, read: Read, *, depth: int = 3, threaded: bool = True
+    ) -> None:
+        self._device = device
+        self._spec = spec
+        self._producer = producer = self.producer_type(device, spec, read, depth)
+        self._delivery: deque[Batch] = deque()
+        self._slot: Slot | None = None
+        self._stream: Stream | None = None
+        self._failure = ""
+        self.pending = 0
+        self.launches = 0
+        self._finalizer = weakref.finalize(self, producer.stop)
+        if threaded:
+            thread = threading.Thread(target=producer.run, name="gpupipe-producer", daemon=True)
+            thread.start()
+            producer.thread = thread
+
+    @property
+    def copies(self) -> int:
+        """Transfers enqueued so far."""
+        return self._producer.copies
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pinned memory held now; the staging on the device is as large."""
+        return self._producer.ring.nbytes
+
+    def submit(self, batches: Sequence[ArrayLike]) -> None:
+        """Ask for a chunk: its batches share one copy and, if of one size, one launch.
+
+        Never blocks. ``pending`` counts the batches that were asked for and not yet delivered.
+
+        Args:
+            batches: int64 [N] each, N >= 1; the last of a chunk may be smaller.
+
+        Raises:
+            InputError: no batch, an empty one, or one that is no vector of integers.
+            GpupipeError: the feed is closed, or failed before.
+        """
+        self._check()
+        chunk = [np.asarray(rows) for rows in batches]
+        if not chunk or any(r.ndim != 1 or not len(r) or r.dtype.kind not in "iu" for r in chunk):
+            raise InputError(
+                "batches must be a sequence of integer vectors, none of them empty, got "
+                f"{[(str(r.dtype), r.shape) for r in chunk]}; pass the sampler's indices"
+            )
+        self._producer.tasks.put([rows.astype(np.int64, copy=False) for rows in chunk])
+        self.pending += len(chunk)
+
+    def next(self) -> Batch:
+        """Return the next batch, for work on the caller's current stream.
+
+        Blocks until the host has read the batch, never until the device has made it.
+
+        Raises:
+            InputError: nothing is pending.
+            DeviceError: a CUDA graph is being captured on the current stream.
+            GpupipeError: the feed is closed, or failed or was interrupted before.
+            BaseException: what the read raised, where its batch would have come.
+        """
+        self._check()
+        if self._device.is_capturing():
+            raise DeviceError(
+                "next() was called while a CUDA graph is captured on the current stream; the graph "
+                "would replay one batch's memory; take the batch before the capture and copy it "
+                "into a tensor of your own"
+            )
+        if not self.pending:
+            raise InputError("next() was called with no batch pending; submit() one first")
+        stream = self._device.current_stream()
+        self._failure = "an interrupt inside next(), which may have lost a batch"  # until the end
+        if not self._delivery:
+            ready = self._take()
+            with self._producer.launching:
+                self._launch(ready, stream)
+        images, columns = self._delivery.popleft()
+        if stream != self._stream:
+            self._hand_over(images, columns, stream)
+        self.pending -= 1
+        finish = self._device.finish
+        batch = finish(images), tuple(map(finish, columns))
+        self._failure = ""
+        return batch
+
+    def _check(self) -> None:
+        if self._producer.foreign:
+            raise DeviceError(
+                f"this loader's iterator was made before fork, in another process than "
+                f"{os.getpid()}; its thread and its device memory stay there; iterate a loader "
+                "in this process instead"
+            )
+        if self._producer.stopping:
+            raise GpupipeError("the feed is closed; iterate the loader anew")
+        if self._failure:
+            raise GpupipeError(f"the feed failed before, with {self._failure}; iterate anew")
+
+    def _take(self) -> _Ready:
+        """Wait for the producer's next chunk; without a thread, produce it here."""
+        producer = self._producer
+        if producer.thread is None and producer.ready.empty():
+            batches = producer.tasks.get_nowait()
+            if batches is not None:
+                producer.serve(batches)
+        ready = producer.ready.get()
+        if ready is None:
+            raise GpupipeError("the feed was closed while next() waited; iterate the loader anew")
+        if isinstance(ready, _Failed):
+            self._failure = repr(ready.error)
+            try:
+                raise ready.error
+            finally:
+                del ready  # the error's traceback holds this frame
+        return ready
+
+    def _launch(self, ready: _Ready, stream: Stream) -> None:
+        """Make all batches of a chunk on ``stream``, and give the slot back."""
+        slot = ready.slot
+        slot.user = stream
+        slot.state = SlotState.LAUNCHING  # until `consumed` is recorded, close() waits for `user`
+        try:
+            # Not inference tensors: a batch of this chunk may be used outside the caller's mode.
+            with torch.inference_mode(mode=False):
+                self._delivery.extend(self._enqueue(ready, stream))
+            slot.mark_consumed(stream)
+        except Exception as error:
+            self._failure = repr(error)
+            raise
+        self._slot, self._stream = slot, stream
+        if self._producer.stopping:  # close() ran in a signal handler, in the midst of this
+            stream.synchronize()
+        slot.user = None
+        slot.state = SlotState.FREE
+        self._producer.ring.free.put(slot)
+
+    def _enqueue(self, ready: _Ready, stream: Stream) -> list[Batch]:
+        """Allocate on the current stream, which is ``stream``, and launch there."""
+        device, spec = self._device, self._spec
+        outputs = [
+            device.empty((size, *spec.output_shape), spec.lookup.dtype, spec.memory_format)
+            for size in ready.sizes
+        ]
+        images, *columns = spec.views(ready.slot.buffers()[1], ready.count)
+        ready.slot.await_copied_on(stream)
+        start = 0
+        for group in _launch_groups(outputs):
+            end = start + sum(map(len, group))
+            device.normalize(images[start:end], None, group, spec.lookup, layout=spec.layout)
+            self.launches += 1
+            start = end
+        ends = list(accumulate(ready.sizes))
+        return [
+            (output, tuple(device.clone(column[end - len(output) : end]) for column in columns))
+            for output, end in zip(outputs, ends, strict=True)
+        ]
+
+    def _hand_over(
+        self, images: torch.Tensor, columns: Sequence[torch.Tensor], stream: Stream
+    ) -> None:
+        """Give tensors of a chunk that was launched on one stream to another."""
+        if self._slot is not None:
+            self._slot.await_outputs_on(stream)
+        for tensor in (images, *columns):
+            self._device.record_stream(tensor, stream)
+
+    def close(self) -> None:
+        """Stop the thread, wait for the device, free all memory. Any thread; again is no error.
+
+        Batches that were delivered stay valid. In a forked child this does nothing.
+        """
+        self._producer.stop()
+        self._delivery.clear()
+        self._finalizer.detach()
+
+
+def _launch_groups(outputs: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Split into runs that one launch can write: all of one size, the last at most that."""
+    groups: list[list[torch.Tensor]] = []
+    for output in outputs:
+        run = groups[-1] if groups else []
+        if run and len(run[-1]) == len(run[0]) >= len(output):
+            run.append(output)
+        else:
+            groups.append([output])
+    return groups
