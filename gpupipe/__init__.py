@@ -1,5 +1,49 @@
 """Your torchvision pipeline, compiled to one CUDA kernel. Same bits."""
 
 from gpupipe._version import __version__
+from gpupipe.errors import (
+    DeviceError,
+    GpupipeError,
+    GpupipeWarning,
+    IndexRangeError,
+    InputError,
+    PlanError,
+    SourceError,
+    VerificationError,
+)
+from gpupipe.lift import lift
+from gpupipe.loader import DataLoader
+from gpupipe.operators.pointwise import pointwise
+from gpupipe.plan import Plan
+from gpupipe.preprocess import Preprocess, compile  # noqa: A004 # the word that torch.compile taught
+from gpupipe.sources import ArrayDataset
+from gpupipe.stats import ChannelStats, channel_stats
+from gpupipe.verify import Verification, verify
 
-__all__ = ["__version__"]
+__all__ = [
+    "ArrayDataset",
+    "ChannelStats",
+    "DataLoader",
+    "DeviceError",
+    "GpupipeError",
+    "GpupipeWarning",
+    "IndexRangeError",
+    "InputError",
+    "Plan",
+    "PlanError",
+    "Preprocess",
+    "SourceError",
+    "Verification",
+    "VerificationError",
+    "__version__",
+    "channel_stats",
+    "compile",
+    "lift",
+    "pointwise",
+    "verify",
+]
+
+for _name in __all__:
+    if hasattr(globals()[_name], "__module__"):
+        globals()[_name].__module__ = "gpupipe"
+del _name

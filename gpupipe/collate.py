@@ -210,7 +210,10 @@ def _equal(one: Any, other: Any) -> bool:
         return False
     if isinstance(one, torch.Tensor):
         alike = one.dtype == other.dtype and one.shape == other.shape
-        return alike and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+        if not alike or one.device != other.device:
+            return False
+        both_nan = torch.isnan(one) & torch.isnan(other)
+        return bool(((one == other) | both_nan).all())
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and np.array_equal(one, other)
     if isinstance(one, float) and math.isnan(one):

@@ -31,6 +31,9 @@ from gpupipe.caches import cache_dir
 LANES = 16
 """Pixels per vector; divides a 64-byte line for every output type."""
 
+PREFETCH_BYTES = 4096
+"""How far ahead a gathered image is asked for: random rows defeat the hardware's own guesses."""
+
 CONSTANTS = 5
 """Vectors per channel in the constants block: a, a_low, mean, b, b_low."""
 
@@ -267,12 +270,13 @@ def vector(channels: int, planar_in: bool, planar_out: bool, kind: int, streamin
         blocks = pixels // LANES
         source_plane = pixels if planar_in else 1
         output_plane = pixels * size if planar_out else size
+        ahead = 1 + PREFETCH_BYTES // image_bytes
         for n in range(begin, end):
             row = rows[n] if rows.size else n
             source = images + row * image_bytes
-            if rows.size and n + 1 < end:
-                following = images + rows[n + 1] * image_bytes
-                for line in range(0, min(image_bytes, 4096), 64):
+            if rows.size and n + ahead < end:
+                following = images + rows[n + ahead] * image_bytes
+                for line in range(0, min(image_bytes, PREFETCH_BYTES), 64):
                     _prefetch(following + line)
             output = outputs[n // per_output] + (n % per_output) * image_bytes * size
             for i in range(blocks):

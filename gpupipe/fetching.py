@@ -135,12 +135,13 @@ class LiftedFetcher:
 
     Attributes:
         deviations: Number of samples so far that were not lifted.
-        reasons: The same, by what the dataset did.
+        path: Where in a sample the image lies.
+        reasons: The deviations, by what the dataset did.
         keeps_samples: Whether the dataset was seen to keep transformed samples. What it kept is
             what torchvision would have given, but lifting should stop.
 
     Raises:
-        InputError: The dataset cannot be copied.
+        InputError: The dataset cannot be copied, or does not hold the transform any more.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class LiftedFetcher:
         self.reasons: Counter[str] = Counter()
         self.keeps_samples = False
         self._dataset = dataset
-        self._path = path
+        self.path = path
         self._suffix = suffix or place.transform
         self._session = Session()
         recorder = Recorder(place, self._session, prefix, suffix)
@@ -198,7 +199,7 @@ class LiftedFetcher:
         """
         if raw is None:
             return sample
-        return trees.fill(sample, self._path, self._suffix(raw), copied=True)
+        return trees.fill(sample, self.path, self._suffix(raw), copied=True)
 
     def _fetch_unit(self, unit: list[Any], seen: list[Call]) -> list[tuple[Any, Raw | None]]:
         """Fetch what is read by one call of the dataset; note its calls in ``seen``."""
@@ -229,11 +230,11 @@ class LiftedFetcher:
     ) -> tuple[list[tuple[Any, Raw | None]], str]:
         """Take the raw images out of samples that are as the probe found them."""
         found, reason = examine(samples, calls, count)
-        if not reason and any(path != self._path for path, _ in found):
-            reason = f"returns the image elsewhere than at {trees.show(self._path)}"
+        if not reason and any(path != self.path for path, _ in found):
+            reason = f"returns the image elsewhere than at {trees.show(self.path)}"
         if reason:
             return [], reason
-        holed = [trees.fill(sample, self._path, HOLE, copied=True) for sample in samples]
+        holed = [trees.fill(sample, self.path, HOLE, copied=True) for sample in samples]
         return [(hole, call.raw) for hole, (_, call) in zip(holed, found, strict=True)], ""
 
     def _cleared(self, samples: list[Any]) -> list[Any]:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-from gpupipe import planning
+from gpupipe import planning, routing
 from gpupipe.errors import InputError
 from gpupipe.plan import Plan
 from gpupipe.planning import Settings
@@ -174,7 +174,7 @@ class DataLoader(TorchDataLoader[T]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override] # torch promises its own class
         """Begin an epoch."""
-        batches = planning.begin(self, self._settings(), self._state)
+        batches = routing.begin(self, self._settings(), self._state)
         self._stats.epochs += 1
         return _Epoch(batches, self._stats, with_indices=self.return_indices)
 

@@ -108,10 +108,16 @@ def install(dataset: Any, replacements: Mapping[Place, object]) -> Any:
         replacements: What to put where.
 
     Raises:
-        InputError: An object along the way cannot be copied.
+        InputError: An object along the way cannot be copied, or a place is not in ``dataset``.
     """
     nodes = graph(dataset)
     swaps = {id(place.transform): new for place, new in replacements.items()}
+    for place in replacements:
+        if id(place.transform) not in nodes:
+            raise InputError(
+                f"{type(dataset).__name__}{place} no longer holds the transform that was found "
+                "there; ask places() again"
+            )
     stale = _leading_to(set(swaps), nodes)
     done: dict[int, Any] = dict(swaps)
 

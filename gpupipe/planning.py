@@ -1,7 +1,7 @@
-"""From a loader's arguments to the route its batches take, each time iteration begins.
+"""What a loader's arguments allow: where raw pixels come from, and what can be fused.
 
-The transform and the raw data are read again at each ``iter()``, so that whatever the user changed
-meanwhile holds. What was compiled and proved for the same operators is kept.
+Nothing here touches a device, so ``print(loader.plan)`` works everywhere. The transform and the raw
+data are read again each time; what was compiled for the same operators is kept.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ import torch
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import IterableDataset, default_collate
 
-from gpupipe import devices, sources
-from gpupipe.batch import assembler
+from gpupipe import sources
 from gpupipe.devices import Device
-from gpupipe.errors import DeviceError, GpupipeWarning, PlanError
+from gpupipe.errors import GpupipeWarning
 from gpupipe.images import ImageKind
 from gpupipe.operators.pointwise import Refusal
+from gpupipe.places import Place, places
 from gpupipe.plan import Pipeline, Plan, cut, specify
+from gpupipe.probe import Verdict, probe
 from gpupipe.resident import DeviceImages
-from gpupipe.routes import ArrayRoute, EpochBatches, TorchRoute, feed_spec, finisher, proved
-from gpupipe.sampling import IndexBatches, index_batches, start
+from gpupipe.routes import TorchRoute
 from gpupipe.sources import ArraySource
-from gpupipe.staging import Column
-from gpupipe.tables import Layout, Lookup
+from gpupipe.tables import Lookup
 from gpupipe.transformed import Transformed
 
 
@@ -48,7 +47,8 @@ class State:
     """What a loader keeps from one iteration to the next."""
 
     lookups: dict[Any, Lookup | Refusal] = field(default_factory=dict)
-    kept: dict[Any, Pipeline] = field(default_factory=dict)
+    kept: dict[Any, Any] = field(default_factory=dict)
+    verdicts: dict[Any, Verdict] = field(default_factory=dict)
     proofs: dict[Any, Lookup | None] = field(default_factory=dict)
     devices: dict[Any, Device] = field(default_factory=dict)
     cached: tuple[Any, DeviceImages] | None = None
@@ -75,17 +75,18 @@ class Found:
 
     Attributes:
         plan: for people.
+        dataset: what torch's own loader iterates over.
         source: the arrays, where the array route is taken.
         kind: how an image reaches the transform.
-        pipeline: the transform.
-        lookup: the fused part.
-        dataset: what torch's own loader iterates over.
+        verdict: what the probe found, where the recorded route is taken.
     """
 
     plan: Plan
     dataset: Any
     source: ArraySource | None = None
     kind: ImageKind | None = None
+    verdict: Verdict | None = None
+    place: Place | None = None
 
 
 def plan(loader: TorchDataLoader[Any], settings: Settings, state: State) -> Plan:
@@ -93,28 +94,6 @@ def plan(loader: TorchDataLoader[Any], settings: Settings, state: State) -> Plan
     if state.last is not None:
         return state.last
     return find(loader, settings, state).plan
-
-
-def begin(loader: TorchDataLoader[Any], settings: Settings, state: State) -> EpochBatches:
-    """Begin an epoch on the route that the arguments allow.
-
-    Raises:
-        PlanError: constants that cannot work; with ``strict``, anything that is not fused.
-        DeviceError: a device that is not there.
-    """
-    device = _device(settings.device, state)
-    found = find(loader, settings, state)
-    _carry_over(found.plan, state)
-    if found.source is not None and found.plan.lookup is not None:
-        route = _array_route(found, settings, state, device)
-        if route is not None:
-            return _start(loader, route, state)
-    _say_if_not_lifted(found, settings, state)
-    where = device.torch_device
-    found.plan.delivery = f"torch's own loader, then to {where}"
-    return _torch_route(loader, found, state).iterate(
-        finisher(where, settings.dtype, settings.memory_format), found.plan
-    )
 
 
 def find(loader: TorchDataLoader[Any], settings: Settings, state: State) -> Found:
@@ -139,10 +118,65 @@ def find(loader: TorchDataLoader[Any], settings: Settings, state: State) -> Foun
         reason = _use_source(found, source, explicit, loader, settings, state)
         if not reason:
             return found
-        found.plan.reason = reason
     else:
-        found.plan.reason = source
+        reason = source
+    _use_recorder(found, explicit, loader, settings, state, reason)
     return found
+
+
+def _use_recorder(
+    found: Found,
+    explicit: Callable[[Any], Any] | None,
+    loader: TorchDataLoader[Any],
+    settings: Settings,
+    state: State,
+    arrays: str,
+) -> None:
+    """Look for the transform in the dataset and prove that it can be lifted from there."""
+    plan_ = found.plan
+    plan_.source = f"dataset[i] of {type(loader.dataset).__name__}: {arrays}"
+    candidates = [
+        place for place in places(found.dataset) if explicit is None or place.transform is explicit
+    ]
+    pipelines = {place: cut(place.transform) for place in candidates}
+    if len(candidates) == 1:
+        plan_.pipeline = pipelines[candidates[0]]
+    if not candidates:
+        plan_.reason = "the dataset holds no torchvision transform; pass transform="
+        return
+    fusable = [p for p in pipelines.values() if p.cut < len(p.operators)]
+    if not fusable:
+        plan_.reason = next(iter(pipelines.values())).why_not()
+        return
+    if loader.num_workers > 0:
+        plan_.reason = (
+            f"num_workers={loader.num_workers}: the dataset's own Python runs in torch's worker "
+            "processes, its transform with it; lifting it from there is not done yet"
+        )
+        return
+    key = ("probe", tuple((place.path, pipelines[place].fingerprint) for place in candidates))
+    if key not in state.verdicts:
+        splits = {
+            place: (pipeline.prefix if pipeline.cut else None, pipeline.suffix)
+            for place, pipeline in pipelines.items()
+        }
+        # The places themselves belong to this reading of the dataset: keep the paths.
+        state.verdicts[key] = probe(found.dataset, candidates, splits=splits)
+        state.kept[key] = pipelines
+    verdict = state.verdicts[key]
+    if not verdict.ok or verdict.place is None:
+        plan_.reason = verdict.reason
+        return
+    place = next(p for p in candidates if p.transform is verdict.place.transform)
+    plan_.pipeline = pipelines[place]
+    kind = verdict.kinds[0]
+    lookup = specified(plan_.pipeline, kind, settings.dtype, state)
+    if isinstance(lookup, Refusal):
+        plan_.reason = str(lookup)
+        return
+    plan_.lookup = lookup
+    plan_.delivery = "dataset[i] without its pointwise part, then normalize in one kernel"
+    found.verdict, found.kind, found.place = verdict, kind, place
 
 
 def _use_source(
@@ -172,7 +206,7 @@ def _use_source(
     if loader.collate_fn is not default_collate:
         return "a collate_fn of the user's own"
     kind = source.first.kind
-    lookup = _specify(pipeline, kind, settings.dtype, state)
+    lookup = specified(pipeline, kind, settings.dtype, state)
     if isinstance(lookup, Refusal):
         return str(lookup)
     found.plan.lookup = lookup
@@ -181,9 +215,10 @@ def _use_source(
     return ""
 
 
-def _specify(
+def specified(
     pipeline: Pipeline, kind: ImageKind, dtype: torch.dtype | None, state: State
 ) -> Lookup | Refusal:
+    """Tabulate the fused part for one kind of image, once; say why where it cannot be."""
     key = (pipeline.fingerprint, kind, dtype)
     if key not in state.lookups:
         try:
@@ -192,116 +227,3 @@ def _specify(
             state.lookups[key] = refusal
         state.kept[key] = pipeline  # so that no id in the key is used again
     return state.lookups[key]
-
-
-def _device(wanted: Any, state: State) -> Device:
-    """Resolve the device; keep it, for its memory is used again."""
-    if isinstance(wanted, (str, int, torch.device, type(None))):
-        device: Device = devices.resolve(wanted)
-    else:
-        device = wanted
-    return state.devices.setdefault((type(device), device.torch_device), device)
-
-
-def _array_route(
-    found: Found, settings: Settings, state: State, device: Device
-) -> ArrayRoute | None:
-    """Prove the kernel, and make the route; None where it differs from torchvision."""
-    plan_, source, kind = found.plan, found.source, found.kind
-    if plan_.pipeline is None or plan_.lookup is None or source is None or kind is None:
-        return None
-    layout: Layout = source.first.layout
-    key = (plan_.pipeline.fingerprint, kind, settings, layout, str(device.torch_device))
-    if key not in state.proofs:
-        state.proofs[key] = proved(
-            device, plan_.pipeline, plan_.lookup, kind, layout, settings.memory_format
-        )
-        state.kept[key] = plan_.pipeline
-    lookup = state.proofs[key]
-    if lookup is None:
-        plan_.lookup = None
-        plan_.reason = "the kernel differs from the installed torchvision on this machine"
-        return None
-    plan_.lookup = lookup
-    where = device.torch_device
-    cached = _cached(source, settings, state, device)
-    plan_.delivery = f"gather and normalize in one kernel on {where}" + (
-        ", dataset on the device" if cached else ""
-    )
-    columns = ()
-    if assembler(source, where)[1]:
-        columns = tuple(
-            Column(column.shape[1:], torch.from_numpy(column[:0]).dtype)
-            for column in source.first.columns
-        )
-    image_shape = source.first.images.shape[1:]
-    spec = feed_spec(
-        plan_.pipeline, lookup, kind, image_shape, layout, settings.memory_format, columns
-    )
-    return ArrayRoute(device, source, spec, plan_, cached=cached)
-
-
-def _cached(
-    source: ArraySource, settings: Settings, state: State, device: Device
-) -> DeviceImages | None:
-    """Return the device's copy of the source, made when it is first asked for."""
-    if settings.cache != "device" or device.torch_device.type == "cpu":
-        return None
-    if not device.is_async:
-        raise DeviceError(
-            f'cache="device" needs a kernel on {device.torch_device}, which has none; leave it out'
-        )
-    arrays = [array for part in source.parts for array in (part.images, *part.columns)]
-    key = tuple((array.__array_interface__["data"][0], array.shape) for array in arrays)
-    if state.cached is None or state.cached[0] != key:
-        state.cached = None  # the old copy goes before the new one comes
-        state.cached = (key, DeviceImages(source, device))
-    return state.cached[1]
-
-
-def _start(loader: TorchDataLoader[Any], route: ArrayRoute, state: State) -> EpochBatches:
-    """Draw what torch draws at ``iter()``, in its order, and begin."""
-    length = len(loader.dataset)  # type: ignore[arg-type] # map-style
-    workers = loader.num_workers
-    indices: IndexBatches
-    if loader.persistent_workers and state.persistent:
-        indices = index_batches(loader.batch_sampler, length)
-    else:
-        indices, _ = start(loader.batch_sampler, loader.generator, length, num_workers=workers)
-        state.persistent = loader.persistent_workers
-    free_ahead = workers * (loader.prefetch_factor or 0)
-    batches = route.iterate(indices, loader.batch_size or 1, free_ahead)
-    if workers:
-        batches.top_up()  # with workers torch reads the sampler at iter()
-    return batches
-
-
-def _torch_route(loader: TorchDataLoader[Any], found: Found, state: State) -> TorchRoute:
-    """Return torch's own loader, the same one for the same dataset: it may hold workers."""
-    with_indices = bool(getattr(loader, "return_indices", False))
-    dataset = found.dataset
-    same = getattr(dataset, "identity", id(dataset))
-    key = (same, id(loader.collate_fn), loader.num_workers, with_indices)
-    if state.torch_route is None or state.torch_route[0] != key:
-        state.torch_route = (key, TorchRoute(loader, dataset, with_indices=with_indices))
-    return state.torch_route[1]
-
-
-def _carry_over(plan_: Plan, state: State) -> None:
-    """Go on counting where the last epoch's plan stopped."""
-    if state.last is not None:
-        plan_.batches, plan_.deviations = state.last.batches, state.last.deviations
-    state.last = plan_
-
-
-def _say_if_not_lifted(found: Found, settings: Settings, state: State) -> None:
-    """Warn once, or raise if the user was strict."""
-    if settings.transform is None:
-        return
-    message = (
-        f"nothing was fused: {found.plan.reason}; the batches are torch's own, at torch's speed "
-        "(print(loader.plan) shows more; transform=None says that this is meant)"
-    )
-    if settings.strict:
-        raise PlanError(message)
-    state.warn(message)

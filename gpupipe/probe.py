@@ -178,12 +178,12 @@ class _Trial:
     ) -> list[tuple[Any, trees.Path, Call]]:
         """Read one unit of samples and see that nothing but the sample holds the image."""
         where = f"{self._name()} (index {', '.join(map(str, unit[:3]))})"
+        self.views = 0
         with session.recording() as calls:
             try:
                 samples = read(copied, unit, batched=batched)
             except BaseException as error:  # noqa: BLE001 # a dataset may call sys.exit
-                touched = next((f" after it touched {c.touched}" for c in calls if c.touched), "")
-                raise _Refused(f"{where} raises {_text(error)}{touched}") from None
+                raise _Refused(f"{where} raises {_text(error)}{_before(calls)}") from None
         self.views = len(calls) // len(unit) if len(calls) % len(unit) == 0 else 0
         found, reason = examine(samples, calls, len(unit))
         if reason:
@@ -237,6 +237,16 @@ class _Trial:
             sizes=tuple(call.size for call in calls),
             views=1,
         )
+
+
+def _before(calls: Sequence[Call]) -> str:
+    """What preceded an exception and may explain it."""
+    for call in calls:
+        if call.touched:
+            return f", after it touched the transformed image ({call.touched})"
+        if call.passed:
+            return f", after it called the transform {call.place} with {call.passed}"
+    return ""
 
 
 def _text(error: BaseException) -> str:

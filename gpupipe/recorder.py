@@ -94,8 +94,8 @@ class Recorder:
         if calls is None:
             return place.transform(*args, **kwargs)
         if len(args) != 1 or kwargs:
-            count = len(args) + len(kwargs)
-            calls.append(Call(place, passed=f"{count} arguments instead of one image"))
+            given = "keyword arguments" if kwargs else f"{len(args)} arguments"
+            calls.append(Call(place, passed=f"{given} instead of one image"))
             return place.transform(*args, **kwargs)
         image = args[0]
         if type(image) is Sentinel:

@@ -71,17 +71,7 @@ class ArraySource:
         return self.parts[0]
 
     def locate(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows, counted through the parts, of checked dataset indices.
-
-        Raises:
-            IndexRangeError: an index is negative or beyond the end.
-        """
-        if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
-            bad = int(indices.min()) if indices.min() < 0 else int(indices.max())
-            raise IndexRangeError(
-                f"index {bad} came from the sampler, but the dataset has indices 0..{len(self) - 1};"
-                " make the sampler for this dataset"
-            )
+        """Return the rows, counted through the parts, of indices that ``sampling`` has checked."""
         return indices if self.rows is None else self.rows[indices]
 
     def read_images(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:

@@ -49,14 +49,21 @@ class _Pool:
         """Forget the threads: a forked child has none of them."""
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
-        self.size = 0
+        self._parts = 0
+
+    @property
+    def parts(self) -> int:
+        """How many threads share a job, the caller among them; counted once."""
+        if not self._parts:
+            self._parts = min(cpu_count(), MAX_THREADS)
+        return self._parts
 
     def executor(self) -> ThreadPoolExecutor:
         """Return the helpers, one fewer than the CPUs."""
         with self._lock:
             if self._executor is None:
-                self.size = max(1, min(cpu_count(), MAX_THREADS) - 1)
-                self._executor = ThreadPoolExecutor(self.size, thread_name_prefix="gpupipe-cpu")
+                helpers = max(1, self.parts - 1)
+                self._executor = ThreadPoolExecutor(helpers, thread_name_prefix="gpupipe-cpu")
             return self._executor
 
 
@@ -72,7 +79,7 @@ def split(run: Callable[[int, int], None], count: int, parts: int | None = None)
         parts: how many ranges; default: one for each CPU, at most ``MAX_THREADS``.
     """
     if parts is None:
-        parts = min(cpu_count(), MAX_THREADS)
+        parts = _POOL.parts
     parts = max(1, min(parts, count))
     if parts == 1:
         run(0, count)

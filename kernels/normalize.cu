@@ -95,7 +95,7 @@ __device__ __forceinline__ void copy_pixels(const u8* __restrict__ source, i64 s
                                             i64 output_pixel, i64 output_channel, int begin,
                                             int end, int channels, const T* table) {
     for (int p = begin + threadIdx.x; p < end; p += blockDim.x) {
-#pragma unroll
+#pragma unroll(C ? C : 1)
         for (int c = 0; c < (C ? C : channels); ++c) {
             output[p * output_pixel + c * output_channel] =
                 table[c * LEVELS + source[p * source_pixel + c * source_channel]];
@@ -108,7 +108,7 @@ template <typename T, int C>
 __device__ __forceinline__ void deinterleave(const u8* __restrict__ source, T* __restrict__ output,
                                              i64 plane, int groups, const T* table) {
     constexpr int V = Vector<T>::SIZE;
-    constexpr int GROUPS = 2;  // in flight per thread: C * V bytes each
+    constexpr int GROUPS = C * V > 32 ? 1 : 2;  // in flight per thread: C * V bytes each
     for (int first = threadIdx.x; first < groups; first += GROUPS * blockDim.x) {
         Bytes<C * V> raw[GROUPS];
 #pragma unroll

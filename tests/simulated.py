@@ -19,16 +19,20 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from gpupipe.devices import HostMemory
-from gpupipe.tables import Layout, Lookup
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from gpupipe.tables import Layout, Lookup
 
 POISON = 0xA5
 GRANULE = 512
@@ -50,6 +54,7 @@ class SimulatedStream:
         self._random = random.Random(f"{seed} {name}")  # noqa: S311 - delays, no secrets
         self.pace = self._random.choice(PACES_S)
         self.errors: list[BaseException] = []
+        self.ended = False
         self._queue: SimpleQueue[Operation | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"simulated-{name}", daemon=True)
         self._thread.start()
@@ -64,7 +69,10 @@ class SimulatedStream:
                 self.errors.append(error)
 
     def enqueue(self, operation: Operation) -> None:
-        self._queue.put(operation)
+        if self.ended:  # a feed that outlives its device may still be collected
+            operation()
+        else:
+            self._queue.put(operation)
 
     def wait_event(self, event: SimulatedEvent) -> None:
         self.enqueue(event.latest())
@@ -77,6 +85,7 @@ class SimulatedStream:
     def shut(self) -> None:
         self._queue.put(None)
         self._thread.join(PATIENCE_S)
+        self.ended = True
 
 
 class SimulatedEvent:
@@ -171,7 +180,7 @@ class Allocator:
             elif block.stream is None:
                 block.raw.fill(POISON)  # and never given out again: a late copy reads poison
             else:
-                block.stream.enqueue(lambda raw=block.raw: raw.fill(POISON))
+                block.stream.enqueue(partial(block.raw.fill, POISON))
                 self._free[block.stream, block.raw.size].append(block)
         self._pending = waiting
 
@@ -209,7 +218,6 @@ class SimulatedDevice:
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         self._step("host_buffer")
-        buffer = self._host.empty(nbytes)
         return self._host.empty(nbytes)
 
     def staging(self, host: torch.Tensor, stream: SimulatedStream) -> torch.Tensor:
@@ -279,9 +287,10 @@ class SimulatedDevice:
             elif layout == "NHWC":
                 levels = levels.permute(0, 3, 1, 2)
             channels = torch.arange(lookup.channels)[:, None, None]
-            done = lookup.values[channels, levels].split([len(target) for target in targets])
-            for target, part in zip(targets, done, strict=True):
-                target.copy_(part.reshape(target.shape))
+            done = iter(lookup.values[channels, levels])
+            for target in targets:
+                for row in target:
+                    row.copy_(next(done).reshape(row.shape))
 
         self.enqueue(work, images, *outputs)
 

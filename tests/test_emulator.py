@@ -1,7 +1,7 @@
 """The CUDA source itself, compiled by g++ and run on CPU threads under sanitizers.
 
-A pass here is no evidence from a GPU: it says that indices, alignment, tails and barriers are right,
-and that the bits are those of torch's own indexing. See ``docs/gpu-status.md``.
+A pass here is no evidence from a GPU: it says that indices, alignment, tails and barriers are
+right, and that the bits are those of torch's own indexing. See ``docs/gpu-status.md``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "emulator"))
-import harness  # noqa: E402 # tests are no package; the harness lies beside its C++
-from harness import Case  # noqa: E402
+import harness  # tests are no package; the harness lies beside its C++
+from harness import Case
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++"),
@@ -92,7 +92,6 @@ def test_bits_are_those_of_torchvision(checked: Path, *, planar_out: bool) -> No
 LOAD_CHECK = "if (is_aligned(source + head, V)) {"
 STORE_CHECK = "is_aligned(output, VECTOR_BYTES) &&"
 TAIL = "const int vectors = (length - head) / V;"
-GROUPS = "const int groups = aligned ? length / V : 0;"
 TABLE_BARRIER = "__syncthreads();\n    const T* lookup"
 STAGED_BARRIER = "__syncthreads();\n            copy_run"
 REUSE_BARRIER = "__syncthreads();  // before"
@@ -107,9 +106,8 @@ ADDRESS_BUGS = {
         variant(count=1, stored=1, tile=2048), "heap-buffer-overflow",
     ),
     "pixels past the end": (
-        GROUPS, "const int groups = aligned ? (length + V - 1) / V : 0;",
-        variant(planar_out=True, count=1, stored=1, height=4, width=15, tile=62),
-        "heap-buffer-overflow",
+        "groups * V, length, C, lookup", "groups * V, length + 1, C, lookup",
+        variant(planar_out=True, count=1, stored=1), "heap-buffer-overflow",
     ),
     "tile as long as any": (
         "const int length = static_cast<int>(min(tile_pixels, pixels - begin));",

@@ -1,0 +1,217 @@
+"""The general route: ``dataset[i]`` runs, a recorder takes the raw image out, the kernel does the
+rest of the transform for the whole batch.
+
+In line, one batch at a time, as torch's loader with 0 workers; its speed is not the point. Every
+sample and every batch that is not as the probe found it gets torch's own treatment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import default_collate
+
+from gpupipe.batch import move
+from gpupipe.collate import CollateChanged, CollatePlan, CollateRefusal, fill, recognise
+from gpupipe.devices import Device
+from gpupipe.errors import SourceError
+from gpupipe.fetching import LiftedFetcher, is_batched, read
+from gpupipe.images import ImageKind, kind_of, raw_bytes
+from gpupipe.plan import Pipeline, Plan
+from gpupipe.routes import EpochBatches, feed_spec
+from gpupipe.staging import FeedSpec
+from gpupipe.tables import Lookup
+from gpupipe.transfer import StagedFeed
+
+LookupFor = Callable[[ImageKind], Lookup | None]
+"""Returns the proved pipeline for a kind of image, or None where torchvision has to do it."""
+
+
+class RecordedBatches(EpochBatches):
+    """One epoch over any map-style dataset whose transform was found by the probe.
+
+    Args:
+        batches: what the batch sampler yields, as torch reads it.
+        dataset: the user's, or the wrapper that applies an explicit transform.
+        fetcher: fetches from a copy of it with the image taken out.
+        collate_fn: the user's.
+        pipeline: the transform.
+        lookup_for: see ``LookupFor``.
+        device: where batches are made.
+        memory_format: of the images.
+        finish: what a batch that torch made still needs.
+        plan: counts what happens.
+        warn: says something once.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        dataset: Any,
+        fetcher: LiftedFetcher,
+        collate_fn: Callable[[list[Any]], Any],
+        pipeline: Pipeline,
+        lookup_for: LookupFor,
+        device: Device,
+        memory_format: torch.memory_format,
+        finish: Callable[[Any], Any],
+        plan: Plan,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._batches = batches
+        self._dataset = dataset
+        self._fetcher = fetcher
+        self._collate_fn = collate_fn
+        self._collate: CollatePlan | CollateRefusal | None = None
+        self._kernel = _Kernel(pipeline, lookup_for, device, memory_format)
+        self._finish = finish
+        self._plan = plan
+        self._warn = warn
+        self._before = plan.deviations
+
+    def __next__(self) -> Any:
+        """Return the next batch."""
+        try:
+            wanted = next(self._batches)
+        except StopIteration:
+            self._kernel.close()
+            raise
+        indices = list(wanted)
+        batch = self._make(indices)
+        self._plan.batches += 1
+        self._plan.deviations = self._before + self._fetcher.deviations
+        if all(isinstance(index, (int, np.integer)) for index in indices):
+            self.indices = np.array(indices, np.int64)
+        return batch
+
+    def _make(self, indices: list[Any]) -> Any:
+        if self._fetcher.keeps_samples:
+            samples = read(self._dataset, indices, batched=is_batched(self._dataset))
+            return self._finish(self._collate_fn(samples))
+        fetched = self._fetcher.fetch(indices)
+        if self._fetcher.keeps_samples:
+            self._plan.reason = "the dataset keeps transformed samples; torch makes the batches"
+            self._warn(f"{type(self._dataset).__name__} was lifted until now: {self._plan.reason}")
+        made = self._kernel.run([raw for _, raw in fetched], indices, strict=self._stacks)
+        if made is not None:
+            batch = self._collated([sample for sample, _ in fetched], made)
+            if batch is not None:
+                return batch
+        samples = [self._fetcher.complete(sample, raw) for sample, raw in fetched]
+        return self._finish(self._collate_fn(samples))
+
+    @property
+    def _stacks(self) -> bool:
+        """Whether images of two sizes are an error, as they are for torch's default."""
+        return self._collate_fn is default_collate
+
+    def _collated(self, samples: list[Any], images: torch.Tensor) -> Any:
+        """Return the batch around the finished images; None where only torch can make it."""
+        if self._collate is None:
+            c, h, w = (1, *images.shape[1:])[-3:]
+            self._collate = recognise(
+                self._collate_fn, samples[:4], self._fetcher.path, shape=(c, h, w),
+                dtype=images.dtype,
+            )  # fmt: skip
+            if isinstance(self._collate, CollateRefusal):
+                self._plan.reason = self._collate.reason
+                self._warn(f"nothing was fused: {self._collate.reason}")
+        if isinstance(self._collate, CollateRefusal):
+            return None
+        try:
+            batch, path = self._collate.apply(samples)
+        except CollateChanged as changed:
+            self._plan.notes.append(f"a batch was collated by torch: {changed}")
+            return None
+        return fill(move(batch, images.device), path, images)
+
+
+class _Kernel:
+    """Runs the kernel on the raw images of one batch."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        lookup_for: LookupFor,
+        device: Device,
+        memory_format: torch.memory_format,
+    ) -> None:
+        self._pipeline = pipeline
+        self._lookup_for = lookup_for
+        self._device = device
+        self._memory_format = memory_format
+        self._given = _Given()
+        self._feed: StagedFeed | None = None
+        self._key: Any = None
+
+    def run(
+        self, raws: Sequence[Any], indices: Sequence[Any], *, strict: bool
+    ) -> torch.Tensor | None:
+        """Return the batch of finished images, or None where torchvision has to make them.
+
+        Raises:
+            SourceError: images of two sizes, where ``strict``.
+        """
+        if not raws or any(raw is None for raw in raws):
+            return None
+        kinds = [kind_of(raw) for raw in raws]
+        arrays = [raw_bytes(raw) for raw in raws]
+        shape = arrays[0].shape
+        for index, kind, array in zip(indices, kinds, arrays, strict=True):
+            if array.shape != shape:
+                if not strict:
+                    return None
+                raise SourceError(
+                    f"images of one batch must have one size, got {_size(arrays[0], kinds[0])} at "
+                    f"index {indices[0]} and {_size(array, kind)} at index {index}; add a Resize "
+                    "or crop of a fixed size to the transform, or pass a collate_fn"
+                )
+            if kind != kinds[0]:
+                return None
+        lookup = None if kinds[0] is None else self._lookup_for(kinds[0])
+        if kinds[0] is None or lookup is None:
+            return None
+        self._open(kinds[0], shape, lookup)
+        self._given.arrays = arrays
+        if self._feed is None:
+            return None
+        self._feed.submit([np.arange(len(arrays))])
+        images, _ = self._feed.next()
+        self._given.arrays = []
+        return images
+
+    def _open(self, kind: ImageKind, shape: tuple[int, ...], lookup: Lookup) -> None:
+        """Keep one feed, for the size at hand."""
+        key = (kind, shape, lookup)
+        if self._feed is None or key != self._key:
+            self.close()
+            spec: FeedSpec = feed_spec(
+                self._pipeline, lookup, kind, shape, kind.layout, self._memory_format
+            )
+            self._feed = StagedFeed(self._device, spec, self._given, depth=2, threaded=False)
+            self._key = key
+
+    def close(self) -> None:
+        """Free the staging."""
+        if self._feed is not None:
+            self._feed.close()
+            self._feed = None
+
+
+class _Given:
+    """Hands the raw images of the batch at hand to the feed."""
+
+    def __init__(self) -> None:
+        self.arrays: list[NDArray[np.uint8]] = []
+
+    def __call__(self, rows: NDArray[np.int64], views: list[NDArray[Any]]) -> None:
+        for place, row in enumerate(rows):
+            views[0][place] = self.arrays[row]
+
+
+def _size(array: NDArray[np.uint8], kind: ImageKind | None) -> str:
+    return f"{kind} of shape {tuple(array.shape)}"
