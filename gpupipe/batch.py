@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from torch.utils.data import default_collate
 
 from gpupipe.errors import InputError
-from gpupipe.sources import ArraySource
+
+if TYPE_CHECKING:
+    from gpupipe.sources import ArraySource
 
 Assemble = Callable[[torch.Tensor, tuple[torch.Tensor, ...], NDArray[np.int64]], Any]
 """``assemble(images, columns, indices)`` returns the batch; ``indices`` are the dataset's."""

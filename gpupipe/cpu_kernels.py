@@ -17,16 +17,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpupipe.caches import cache_dir
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 LANES = 16
 """Pixels per vector; divides a 64-byte line for every output type."""
@@ -46,8 +49,19 @@ _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _VOID = types.void
 
 
+def _intrinsic(typed: Callable[..., Any]) -> Callable[..., Any]:
+    """Register code generation with numba; the call takes all arguments but the first."""
+    made: Callable[..., Any] = intrinsic(prefer_literal=True)(typed)
+    return made
+
+
 def _vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
     return ir.VectorType(element, lanes)
+
+
+def _declared(builder: Any, kind: ir.FunctionType, name: str) -> Any:
+    """Return an LLVM intrinsic, declared in the module once."""
+    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
 
 
 def _splat(element: ir.Type, value: int) -> ir.Constant:
@@ -111,9 +125,7 @@ def _interleave(builder: Any, planes: list[Any]) -> list[Any]:
 def _evaluate(builder: Any, raw: Any, constants: Any, k: int) -> Any:
     """Evaluate the arithmetic form in float32 for vector ``k`` of a block."""
     wide = _vector(ir.FloatType())
-    fma = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(wide, [wide] * 3), f"llvm.fma.v{LANES}f32"
-    )
+    fma = _declared(builder, ir.FunctionType(wide, [wide] * 3), f"llvm.fma.v{LANES}f32")
     a, a_low, mean, b, b_low = (
         _load(
             builder,
@@ -140,14 +152,14 @@ def _round(builder: Any, value: Any, kind: int) -> Any:
     return value
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def _block(
+@_intrinsic
+def _block(  # noqa: PLR0917 # numba calls it by position
     _context: Any,
-    source: Any,
-    source_plane: Any,
-    output: Any,
-    output_plane: Any,
-    constants: Any,
+    _source: Any,
+    _source_plane: Any,
+    _output: Any,
+    _output_plane: Any,
+    _constants: Any,
     channels: Any,
     planar_in: Any,
     planar_out: Any,
@@ -175,20 +187,18 @@ def _block(
                 store.set_metadata("nontemporal", hint)
         return context.get_dummy_value()
 
-    signature = _VOID(
-        *(types.int64,) * 5, channels, planar_in, planar_out, kind, streaming
-    )
+    signature = _VOID(*(types.int64,) * 5, channels, planar_in, planar_out, kind, streaming)
     return signature, codegen
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@_intrinsic
 def _prefetch(_context: Any, _address: Any) -> Any:
     """Ask for the cache line at an address, for reading."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         pointer = _I8.as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
-        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        fetch = _declared(builder, kind, "llvm.prefetch.p0")
         hints = [ir.Constant(_I32, value) for value in (0, 3, 1)]
         builder.call(fetch, [builder.inttoptr(args[0], pointer), *hints])
         return context.get_dummy_value()
@@ -196,7 +206,7 @@ def _prefetch(_context: Any, _address: Any) -> Any:
     return _VOID(types.int64), codegen
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@_intrinsic
 def _read_byte(_context: Any, _address: Any) -> Any:
     """Read one byte at an address."""
 
@@ -206,7 +216,7 @@ def _read_byte(_context: Any, _address: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@_intrinsic
 def _write_bits(_context: Any, _address: Any, _bits: Any, size: Any) -> Any:
     """Write the low ``size`` bytes (a literal) of ``bits`` at an address."""
     width = ir.IntType(8 * size.literal_value)
@@ -245,12 +255,13 @@ def _compile(function: Any, *variant: int) -> Kernel:
     cpu = f"{get_host_cpu_name()}\n{get_host_cpu_features().flatten()}\n{numba.__version__}"
     digest = hashlib.sha256(cpu.encode()).hexdigest()[:12]
     name = "-".join([digest, function.__qualname__.split(".")[0], *map(str, map(int, variant))])
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(cache_dir("numba") / name)
+    config: Any = numba.config
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(cache_dir("numba") / name)
     try:
         kernel: Kernel = njit(_SIGNATURE, nogil=True, cache=True)(function)
     finally:
-        numba.config.CACHE_DIR = before
+        config.CACHE_DIR = before
     return kernel
 
 
@@ -263,9 +274,18 @@ def vector(channels: int, planar_in: bool, planar_out: bool, kind: int, streamin
     source_pixel = 1 if planar_in else channels
     output_pixel = size if planar_out else size * channels
 
-    def kernel(
-        images, rows, outputs, per_output, begin, end, pixels, _channels, table, constants
-    ):  # type: ignore[no-untyped-def] # typed by _SIGNATURE
+    def kernel(  # noqa: PLR0917 # the order of _SIGNATURE
+        images: int,
+        rows: NDArray[np.int64],
+        outputs: NDArray[np.int64],
+        per_output: int,
+        begin: int,
+        end: int,
+        pixels: int,
+        _channels: int,
+        table: NDArray[np.int32],
+        constants: int,
+    ) -> None:
         image_bytes = pixels * channels
         blocks = pixels // LANES
         source_plane = pixels if planar_in else 1
@@ -305,9 +325,18 @@ def vector(channels: int, planar_in: bool, planar_out: bool, kind: int, streamin
 def table(planar_in: bool, planar_out: bool, size: int) -> Kernel:
     """Return the compiled ``table`` kernel for elements of ``size`` bytes."""
 
-    def kernel(
-        images, rows, outputs, per_output, begin, end, pixels, channels, table, _constants
-    ):  # type: ignore[no-untyped-def] # typed by _SIGNATURE
+    def kernel(  # noqa: PLR0917 # the order of _SIGNATURE
+        images: int,
+        rows: NDArray[np.int64],
+        outputs: NDArray[np.int64],
+        per_output: int,
+        begin: int,
+        end: int,
+        pixels: int,
+        channels: int,
+        table: NDArray[np.int32],
+        _constants: int,
+    ) -> None:
         image_bytes = pixels * channels
         source_pixel = 1 if planar_in else channels
         source_plane = pixels if planar_in else 1

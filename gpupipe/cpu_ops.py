@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from gpupipe.geometry import check
-from gpupipe.tables import Images, Layout, Lookup, Rows
 from gpupipe.threads import split
 
 if TYPE_CHECKING:
+    from gpupipe.tables import Images, Layout, Lookup, Rows
+    from numpy.typing import NDArray
+    from collections.abc import Sequence
     from gpupipe.cpu_kernels import Kernel
 
 STREAMING_BYTES = 16 << 20
@@ -115,7 +115,7 @@ def _host_tables(
     For interleaved output, vector k of a block of 16 pixels holds the channels
     ``(16 k + lane) % C``, lane by lane.
     """
-    key = ("planar" if planar else "interleaved")
+    key = "planar" if planar else "interleaved"
     if key not in lookup.host:
         bits = lookup.values.contiguous().view(_BITS[lookup.dtype.itemsize])
         table = bits.to(torch.int32).flatten().numpy()

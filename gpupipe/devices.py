@@ -382,7 +382,7 @@ def _copied(device: object, wanted: torch.device) -> CpuDevice:
     """Return the CPU's kernels with one copy to a device for which there is no kernel."""
     name = "ROCm" if wanted.type == "cuda" else wanted.type
     try:
-        torch.empty(1, device=wanted).cpu()
+        _try(wanted)
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise DeviceError(
             f"device={device!r} was asked for, but torch cannot use it here ({error}); expected a "
@@ -393,3 +393,8 @@ def _copied(device: object, wanted: torch.device) -> CpuDevice:
         "and copied there; pass device='cpu' to copy them yourself"
     )
     return CpuDevice(final=wanted)
+
+
+def _try(wanted: torch.device) -> None:
+    """Raise what torch raises where a device cannot be used."""
+    torch.empty(1, device=wanted).cpu()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -11,6 +10,10 @@ import torch
 
 from gpupipe.errors import IndexRangeError, InputError
 from gpupipe.tables import DTYPES, Images, Layout, Lookup, Rows
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _RANK = {"NHWC": 4, "NCHW": 4, "NHW": 3}
 
@@ -36,7 +39,7 @@ class Geometry:
     planar_out: bool
 
 
-def check(
+def check(  # noqa: PLR0917 # a launcher's arguments, and the device
     images: Images,
     rows: Rows | None,
     outputs: Sequence[torch.Tensor],
@@ -68,10 +71,11 @@ def check(
                 f"{name} must be on {device}, got {where}; move it there or use the other launcher"
             )
     sizes = [int(output.shape[0]) for output in outputs]
-    if sum(sizes) != count or any(size != sizes[0] for size in sizes[:-1]):
+    uneven = any(size != sizes[0] for size in sizes[:-1]) or (sizes and sizes[-1] > sizes[0])
+    if sum(sizes) != count or uneven:
         raise InputError(
-            f"outputs must hold {count} images, all but the last equally many, got {sizes}; "
-            "allocate one output per batch"
+            f"outputs must hold {count} images, all equally many but the last, which may hold "
+            f"fewer, got {sizes}; allocate one output per batch"
         )
     return Geometry(
         count=count,
@@ -92,9 +96,7 @@ def _image_shape(images: Images, lookup: Lookup, layout: Layout) -> tuple[int, i
             f"images must be uint8 [{wanted}], got {dtype} {shape}; pass the raw batch"
         )
     contiguous = (
-        images.is_contiguous()
-        if isinstance(images, torch.Tensor)
-        else images.flags.c_contiguous
+        images.is_contiguous() if isinstance(images, torch.Tensor) else images.flags.c_contiguous
     )
     if not contiguous:
         raise InputError(
@@ -116,7 +118,8 @@ def _row_count(rows: Rows, images: int) -> int:
         raise InputError(
             f"rows must be int64 [N], got {rows.dtype} {tuple(rows.shape)}; pass indices of images"
         )
-    if isinstance(rows, np.ndarray) and rows.size:
+    on_host = isinstance(rows, np.ndarray) or rows.device.type == "cpu"
+    if on_host and len(rows):
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= images:
             bad = low if low < 0 else high

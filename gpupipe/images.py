@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torchvision import tv_tensors
 
-from gpupipe.tables import Layout
+
+if TYPE_CHECKING:
+    from gpupipe.tables import Layout
+    from numpy.typing import NDArray
 
 Container = Literal["PIL", "ndarray", "tensor", "Image"]
 """``"Image"`` is ``torchvision.tv_tensors.Image``; ``"tensor"`` is a plain torch.Tensor."""
@@ -36,12 +38,12 @@ class ImageKind:
     mode: str | None = None
 
     def build(self, pixels: NDArray[np.uint8]) -> Any:
-        """Return pixels [H, W, C] as such an image."""
+        """Return pixels [H, W, C] as such an image, with memory of its own."""
         if self.layout == "NHW":
             pixels = pixels[:, :, 0]
         elif self.layout == "NCHW":
             pixels = pixels.transpose(2, 0, 1)
-        pixels = np.ascontiguousarray(pixels)
+        pixels = pixels.copy()  # in C order; a transform may work in place
         if self.container == "PIL":
             if self.mode in ("L", "LA", "RGB", "RGBA"):
                 return Image.fromarray(pixels)
@@ -61,7 +63,7 @@ class ImageKind:
         return f"uint8 {name[self.container]} [{axes[self.layout]}]"
 
 
-def kind_of(image: Any) -> ImageKind | None:
+def kind_of(image: Any) -> ImageKind | None:  # noqa: PLR0911 # one return a refusal
     """Return how ``image`` is given, or None where it is no uint8 image that can be lifted."""
     if isinstance(image, Image.Image):
         channels = _PIL_CHANNELS.get(image.mode)
@@ -84,7 +86,7 @@ def kind_of(image: Any) -> ImageKind | None:
 
 
 def raw_bytes(image: Any) -> NDArray[np.uint8]:
-    """Return the pixels of an image that ``kind_of`` knows, in its layout, as a view if possible."""
+    """Return the pixels of an image that ``kind_of`` knows, in its layout; a view if possible."""
     if isinstance(image, torch.Tensor):
         array: NDArray[np.uint8] = image.as_subclass(torch.Tensor).numpy()
         return array

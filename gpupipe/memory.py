@@ -14,7 +14,10 @@ from math import prod
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector store."""

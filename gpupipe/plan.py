@@ -9,22 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
-from torchvision import transforms as v1
-from torchvision.transforms import v2
 
-from gpupipe.images import ImageKind
 from gpupipe.operators import pointwise
 from gpupipe.operators.pointwise import Refusal
 from gpupipe.tables import Layout, Lookup
 
+if TYPE_CHECKING:
+    from gpupipe.images import ImageKind
+
 Where = Literal["fused", "cpu", "refused"]
 
-_CONTAINERS = (v1.Compose, v2.Compose, nn.Sequential)
 _PROOF_SIZES = ((7, 5), (3, 16), (1, 1), (19, 21))
 """Heights and widths of the images that prove a kernel: below, at and beyond a vector."""
 
@@ -82,7 +81,9 @@ class Pipeline:
 
 def flatten(transform: Any, position: str = "") -> list[Operator]:
     """List the operators of a transform, through exact ``Compose`` and ``nn.Sequential``."""
-    if type(transform) not in _CONTAINERS or getattr(transform, "_forward_hooks", None):
+    kind = type(transform)
+    container = kind is nn.Sequential or pointwise.is_a(kind, ["Compose"])
+    if not container or getattr(transform, "_forward_hooks", None):
         return [Operator(position or "0", transform)]
     children = list(transform) if isinstance(transform, nn.Sequential) else transform.transforms
     dot = f"{position}." if position else ""
@@ -154,9 +155,7 @@ class Plan:
             return "pointwise, but an operator after it is not"
         kind = type(operator.call)
         known = kind.__module__.startswith("torchvision.")
-        base = next(
-            (b.__name__ for b in kind.__mro__[1:] if pointwise.is_pointwise_type(b)), None
-        )
+        base = next((b.__name__ for b in kind.__mro__[1:] if pointwise.is_pointwise_type(b)), None)
         if base is not None and not known:
             return f"a subclass of {base} may do something else"
         if known:
@@ -174,13 +173,13 @@ class Plan:
             lines.append(f"not lifted: {self.reason}" if not self.fused else f"note: {self.reason}")
         lines += [f"note: {note}" for note in self.notes]
         if self.deviations:
-            lines.append(f"deviations: {self.deviations} samples went through the original transform")
+            lines.append(
+                f"deviations: {self.deviations} samples went through the original transform"
+            )
         return "\n".join(lines)
 
 
-def specify(
-    pipeline: Pipeline, kind: ImageKind, dtype: torch.dtype | None = None
-) -> Lookup:
+def specify(pipeline: Pipeline, kind: ImageKind, dtype: torch.dtype | None = None) -> Lookup:
     """Tabulate the fused part for one kind of image.
 
     Raises:
@@ -237,4 +236,3 @@ def _agrees(
     expected = torch.stack([pipeline.suffix(kind.build(image)) for image in pixels])
     expected = expected.as_subclass(torch.Tensor).to(lookup.dtype)
     return pointwise.same_bits(result.reshape(expected.shape), expected)
-

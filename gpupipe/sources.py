@@ -11,17 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate
 from torchvision import datasets
 
 from gpupipe.errors import IndexRangeError, SourceError
 from gpupipe.images import ImageKind
-from gpupipe.tables import Layout
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from gpupipe.tables import Layout
 
 Transform = Callable[[Any], Any]
 
@@ -198,7 +200,9 @@ def check_images(images: NDArray[Any] | torch.Tensor, name: str) -> None:
 def _label_column(values: Any) -> NDArray[Any] | None:
     """Return labels as default_collate would type them after ``int()``, or None."""
     array = np.asarray(values)
-    return array.astype(np.int64, copy=False) if array.ndim == 1 and array.dtype.kind in "iu" else None
+    return (
+        array.astype(np.int64, copy=False) if array.ndim == 1 and array.dtype.kind in "iu" else None
+    )
 
 
 def _number_column(values: Any) -> NDArray[Any] | None:

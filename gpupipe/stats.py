@@ -1,23 +1,22 @@
 """Mean and standard deviation per channel, from exact integer counts.
 
 Every pixel of a uint8 image is one of 256 values, so a histogram [C, 256] of int64 counts holds all
-that is needed, and no sum can overflow or round before the last step::
+that is needed: no sum can overflow, and nothing is rounded before the last step::
 
     n = sum counts[v],  s = sum v * counts[v],  q = sum v^2 * counts[v]     Python ints
-    mean = s / (255 n),  std = sqrt((n q - s^2) / (255 n)^2)                one rounding, and the root
+    mean = s / (255 n),  std = sqrt((n q - s^2) / (255 n)^2)                one rounding, a root
 
-Arrays are counted block by block as they lie, a memmap as well, on several threads:
-``torch.bincount`` releases the GIL, ``np.bincount`` holds it and is half as fast. Other datasets
-are read sample by sample, and counted batch by batch.
+Arrays are counted as they lie, block by block; a memmap stays on disk. Any other dataset is read
+sample by sample. ``torch.bincount`` counts some 3 GB/s on one thread, twice what ``np.bincount``
+does; helper threads would each leave an OpenMP team of torch's behind.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,13 +30,12 @@ from torch.utils.data import IterableDataset
 from gpupipe.errors import GpupipeError, InputError, SourceError
 from gpupipe.images import ImageKind, kind_of, raw_bytes
 from gpupipe.sources import ArraySource, resolve
-from gpupipe.threads import split
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from gpupipe.tables import Layout
 
-BLOCK_BYTES = 8 << 20
-"""Pixels that are counted at once; they and one copy of them are all the memory that is needed."""
+BLOCK_BYTES = 4 << 20
+"""Pixels that are counted at once; they and a copy of one channel are all the memory needed."""
 
 BLOCK_SAMPLES = 256
 """Samples that are read before they are counted, so that a slow dataset's bar still moves."""
@@ -45,15 +43,13 @@ BLOCK_SAMPLES = 256
 PATIENCE = 1.0
 """Seconds before a progress bar appears that nobody asked for."""
 
-_NCHW = {"NHW": (), "NHWC": (0, 3, 1, 2), "NCHW": (0, 1, 2, 3)}
-
 Planes = NDArray[np.uint8]
-"""uint8 [C, ...]: the pixels of some images, channel by channel, in any order within a channel."""
+"""uint8 [C, ...]: pixels by channel; within a channel their order does not matter."""
 
 
 @dataclass(frozen=True)
 class ChannelStats:
-    """Statistics of all pixels of a dataset, on the scale 0 to 1; ``str`` gives a line to paste.
+    """Statistics of all pixels of a dataset on the scale 0 to 1; ``str`` gives a line to paste.
 
     Attributes:
         mean: of each channel.
@@ -69,8 +65,217 @@ class ChannelStats:
 
     def __str__(self) -> str:
         """Return ``Normalize(mean=(0.2860,), std=(0.3530,))``."""
-        mean, std = (
-            "".join(f"{value:.4f}, " for value in values).removesuffix(" " * (len(values) > 1))
-            for values in (self.mean, self.std)
+        return f"Normalize(mean={_tuple(self.mean)}, std={_tuple(self.std)})"
+
+
+def _tuple(values: tuple[float, ...]) -> str:
+    digits = ", ".join(f"{value:.4f}" for value in values)
+    return f"({digits},)" if len(values) == 1 else f"({digits})"
+
+
+def channel_stats(
+    dataset: Any, *, batch_size: int | None = None, progress: bool | None = None
+) -> ChannelStats:
+    """Return the mean and std of each channel of all images of a dataset, exact to one rounding.
+
+    Raw pixels are counted. Where they lie in an array (torchvision's MNIST family, CIFAR and SVHN,
+    ``TensorDataset``, ``ArrayDataset``, also behind ``Subset`` and ``ConcatDataset``) the dataset's
+    transform is not run. Any other dataset is read by ``dataset[i]``, or iterated over if it is an
+    ``IterableDataset``; the image is the sample or the sample's first item. Sizes may differ.
+
+    Args:
+        dataset: of PIL images, uint8 arrays [H, W] or [H, W, C], or uint8 tensors [H, W] or
+            [C, H, W]; or a uint8 array [N, H, W] or [N, H, W, C].
+        batch_size: how many images are counted at once; default: about 4 MiB of them.
+        progress: whether to show a bar on stderr; default: on a terminal, after a second.
+
+    Raises:
+        SourceError: no images, images that are not uint8, images of several kinds, a sample that
+            cannot be read.
+        InputError: another argument that cannot be used.
+        IndexRangeError: a ``Subset`` of indices that its dataset does not have.
+    """
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise InputError(f"batch_size must be a positive int or None, got {batch_size!r}")
+    source = resolve(dataset)
+    in_memory = isinstance(source, ArraySource)
+    total = len(source) if in_memory else _length(dataset)
+    blocks = _array_blocks(source, batch_size) if in_memory else _sample_blocks(dataset, batch_size)
+    counts = np.zeros((1, 256), np.int64)
+    images = 0
+    with _bar(total, shown=progress) as move:
+        for number, planes in blocks:
+            counts = counts + _histograms(planes)  # [1, 256] becomes [C, 256] at the first block
+            images += number
+            move(images)
+    return _stats(counts, images)
+
+
+def _histograms(planes: Planes) -> NDArray[np.int64]:
+    """Return how often each value occurs, [C, 256]."""
+    counts = np.empty((len(planes), 256), np.int64)
+    for channel, plane in enumerate(planes):
+        # A copy even if the plane is contiguous: torch warns of read-only memory, such as a memmap.
+        flat = torch.from_numpy(np.array(plane, order="C").reshape(-1))
+        counts[channel] = torch.bincount(flat, minlength=256).numpy()
+    return counts
+
+
+def _stats(counts: NDArray[np.int64], images: int) -> ChannelStats:
+    rows: list[list[int]] = counts.tolist()
+    pixels = sum(rows[0]) if rows else 0
+    if not pixels:
+        raise SourceError(
+            f"dataset must hold at least one pixel, got {images} images and none; "
+            "check the path and the split it was made from"
         )
-        return f"Normalize(mean=({mean}), std=({std}))"
+    scale = 255 * pixels
+    mean, std = [], []
+    for row in rows:
+        total = sum(value * count for value, count in enumerate(row))
+        squares = sum(value * value * count for value, count in enumerate(row))
+        mean.append(total / scale)
+        std.append(math.sqrt((pixels * squares - total * total) / scale**2))
+    return ChannelStats(tuple(mean), tuple(std), pixels, images)
+
+
+def _channels_first(images: NDArray[np.uint8], layout: Layout) -> Planes:
+    """Return images [N, ...] as planes [C, N, H, W], without a copy."""
+    if layout == "NHW":
+        return images[np.newaxis]
+    return np.moveaxis(images, layout.index("C"), 0)
+
+
+def _array_blocks(source: ArraySource, batch_size: int | None) -> Iterator[tuple[int, Planes]]:
+    """Yield all images of a source, as views where they follow each other on disk or in memory."""
+    shape, layout = source.first.images.shape[1:], source.first.layout
+    size = batch_size or max(1, BLOCK_BYTES // max(1, math.prod(shape)))
+    if source.rows is None:
+        for part in source.parts:
+            for begin in range(0, len(part.images), size):
+                images = part.images[begin : begin + size]
+                yield len(images), _channels_first(images, layout)
+        return
+    rows = np.sort(source.rows)  # a disk is read forwards
+    for begin in range(0, len(rows), size):
+        here = rows[begin : begin + size]
+        gathered = np.empty((len(here), *shape), np.uint8)
+        source.read_images(here, gathered)
+        yield len(here), _channels_first(gathered, layout)
+
+
+def _length(dataset: Any) -> int | None:
+    """Return how many samples there are; None: iterate and see."""
+    if isinstance(dataset, IterableDataset):
+        return None
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise InputError(
+            "dataset must have __getitem__ and __len__ or be an IterableDataset, "
+            f"got {type(dataset).__name__}; of a loader, pass loader.dataset"
+        )
+    return len(dataset)
+
+
+def _samples(dataset: Any) -> Iterator[Any]:
+    if isinstance(dataset, IterableDataset):
+        yield from dataset
+        return
+    for index in range(len(dataset)):
+        with _naming(index):
+            sample = dataset[index]
+        yield sample
+
+
+def _sample_blocks(dataset: Any, batch_size: int | None) -> Iterator[tuple[int, Planes]]:
+    """Yield the images of any dataset; those of one block are laid end to end, sizes aside."""
+    first: ImageKind | None = None
+    block: list[Planes] = []
+    held = 0
+    for index, sample in enumerate(_samples(dataset)):
+        image = _image_of(sample)
+        kind = kind_of(image)
+        if kind is None:
+            raise SourceError(_refusal(index, image))
+        first = first or kind
+        if (kind.channels, kind.mode) != (first.channels, first.mode):
+            raise SourceError(
+                f"dataset[{index}] must be {first} as dataset[0] is, got {kind}; "
+                "convert all images to one mode as they are loaded"
+            )
+        with _naming(index):
+            pixels = _channels_first(raw_bytes(image)[np.newaxis], kind.layout)
+            block.append(pixels.reshape(kind.channels, -1))
+        held += block[-1].nbytes
+        full = held >= BLOCK_BYTES or len(block) == BLOCK_SAMPLES
+        if len(block) == batch_size or (batch_size is None and full):
+            yield len(block), np.concatenate(block, axis=1)
+            block, held = [], 0
+    if block:
+        yield len(block), np.concatenate(block, axis=1)
+
+
+def _image_of(sample: Any) -> Any:
+    """Return the sample, or its first item where it is a tuple, list or mapping."""
+    if isinstance(sample, Mapping):
+        sample = list(sample.values())
+    return sample[0] if isinstance(sample, (tuple, list)) and sample else sample
+
+
+def _refusal(index: int, image: Any) -> str:
+    """Say what came instead of a uint8 image, and what to do."""
+    if isinstance(image, Image.Image):
+        return (
+            f"dataset[{index}] must be an image of 8 bits a channel, got PIL mode {image.mode}; "
+            "convert it as it is loaded, for example image.convert('RGB')"
+        )
+    got = type(image).__name__
+    advice = "return the image, or (image, label) with the image first"
+    if isinstance(image, (torch.Tensor, np.ndarray)):
+        where = f" on {image.device}" if isinstance(image, torch.Tensor) else ""
+        got = f"{str(image.dtype).removeprefix('torch.')} {got} {tuple(image.shape)}{where}"
+        advice = (
+            "pass the dataset without its transform (transform=None when it is made): "
+            "the statistics are of the raw pixels"
+        )
+    return f"dataset[{index}] must be a PIL image or uint8 pixels on the CPU, got {got}; {advice}"
+
+
+@contextmanager
+def _naming(index: int) -> Iterator[None]:
+    """Name the sample in whatever its dataset raises."""
+    try:
+        yield
+    except GpupipeError:
+        raise
+    except Exception as error:
+        raise SourceError(
+            f"dataset[{index}] must give an image, got {type(error).__name__}: {error}; "
+            "mend that sample, or leave it out with a Subset"
+        ) from error
+
+
+@contextmanager
+def _bar(total: int | None, *, shown: bool | None) -> Iterator[Callable[[int], None]]:
+    """Give a function that moves a bar on stderr; without ``shown``, see ``PATIENCE``."""
+    if not (sys.stderr.isatty() if shown is None else shown):
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("Counting images", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task("", total=total)
+    due = time.monotonic() + (0.0 if shown else PATIENCE)
+
+    def move(images: int) -> None:
+        bar.update(task, completed=images)
+        if not bar.live.is_started and time.monotonic() >= due:
+            bar.start()
+
+    try:
+        move(0)
+        yield move
+    finally:
+        if bar.live.is_started:
+            bar.stop()

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MAX_THREADS = 8
 """More threads than this do not make a memory-bound kernel faster."""
@@ -87,8 +90,7 @@ def split(run: Callable[[int, int], None], count: int, parts: int | None = None)
     bounds = [count * part // parts for part in range(parts + 1)]
     helpers = _POOL.executor()
     futures = [
-        helpers.submit(run, begin, end)
-        for begin, end in zip(bounds[1:-1], bounds[2:], strict=True)
+        helpers.submit(run, begin, end) for begin, end in zip(bounds[1:-1], bounds[2:], strict=True)
     ]
     try:
         run(bounds[0], bounds[1])

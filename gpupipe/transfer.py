@@ -231,7 +231,7 @@ class StagedFeed:
         Never blocks. ``pending`` counts the batches that were asked for and not yet delivered.
 
         Args:
-            batches: int64 [N] each, N >= 1; the last of a chunk may be smaller.
+            batches: int64 [N] each, N >= 1; the last of a chunk may be smaller. Kept, not copied.
 
         Raises:
             InputError: no batch, an empty one, or one that is no vector of integers.

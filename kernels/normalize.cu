@@ -1,4 +1,4 @@
-// normalize: raw uint8 images through one 256-entry table per channel, in the wanted layout and dtype.
+// normalize: raw uint8 images through one 256-entry table per channel, to any layout and dtype.
 //
 //   output[n, c, p] = table[c][images[row(n), c, p]],   row(n) = rows ? rows[n] : n,   p = h * W + w
 //
@@ -23,6 +23,7 @@
 //             same layout            copy_run: source and output are one run each
 //             interleaved -> planar  deinterleave: 16 bytes of each of the C planes per thread
 //             planar -> interleaved  the raw bytes are interleaved in shared memory, then copy_run
+//             C == 0, not planar -> planar: one element per thread
 // Loads     As many bytes as 16 bytes of output need (C times that in deinterleave), in accesses of
 //           4, 8 or 16 bytes; single bytes where the source address does not allow it.
 // Stores    16 bytes. Before the output's first 16-byte boundary and after its last one, elements
@@ -147,7 +148,9 @@ __device__ __forceinline__ void interleave(const u8* __restrict__ source, i64 pl
                 raw[c] = load_bytes<4, true>(from);
             } else {
                 raw[c] = Bytes<4>{};
-                for (int k = 0; k < pixels; ++k) raw[c].word[0] |= static_cast<unsigned int>(from[k]) << (8 * k);
+                for (int k = 0; k < pixels; ++k) {
+                    raw[c].word[0] |= static_cast<unsigned int>(from[k]) << (8 * k);
+                }
             }
         }
 #pragma unroll

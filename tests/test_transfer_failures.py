@@ -96,8 +96,6 @@ def test_a_failure_at_any_step_surfaces(
     make_device: MakeDevice, source: Source, *, step: str, at: int, whole: int, threaded: bool
 ) -> None:
     """The device's exception comes at the right next(); nothing hangs, everything is freed."""
-    if step == "staging" and not threaded:
-        pytest.skip("one slot is enough when there is no thread ahead")
     device = make_device(2, {step: at})
     feed = StagedFeed(device, source.spec, source.read, depth=3, threaded=threaded)
     chunks = chunks_of(source, [[4, 4]] * 5)

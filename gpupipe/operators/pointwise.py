@@ -8,28 +8,30 @@ are specified by tabulation: torchvision itself runs them on all 256 levels of e
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torchvision import transforms as v1
-from torchvision.transforms import v2
 
 from gpupipe.errors import GpupipeWarning, PlanError
-from gpupipe.images import ImageKind
 from gpupipe.tables import DTYPES, Lookup
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from gpupipe.images import ImageKind
 
 LEVELS = 256
 MARK = "__gpupipe_pointwise__"
 """Attribute that says: the author promises that this callable is pointwise."""
 
-_NORMALIZE = (v1.Normalize, v2.Normalize)
+_NORMALIZE = ("Normalize",)
 _FROM_UINT8 = (
-    *(v1.ToTensor, v1.PILToTensor, v1.ConvertImageDtype),
-    *(v2.ToTensor, v2.PILToTensor, v2.ToImage, v2.ToPureTensor, v2.ToDtype, v2.ConvertImageDtype),
+    *("ToTensor", "PILToTensor", "ConvertImageDtype"),
+    *("ToImage", "ToPureTensor", "ToDtype"),
 )
 _PROOF_SIZES = ((1, 1), (5, 3), (2, 31), (17, 8))
 """Heights and widths of the random images that a table is tried on."""
@@ -37,6 +39,15 @@ _PROOF_SIZES = ((1, 1), (5, 3), (2, 31), (17, 8))
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def is_a(kind: type, names: Sequence[str]) -> bool:
+    """Whether a class is exactly one of torchvision's transforms, v1 or v2, of these names.
+
+    v2 takes 0.2 s to import: who has one of its objects has imported it already.
+    """
+    modules = (v1, sys.modules.get("torchvision.transforms.v2"))
+    return any(kind is getattr(module, name, None) for module in modules for name in names)
 
 
 class Refusal(Exception):  # noqa: N818 # no error: the operator runs on the CPU instead
@@ -78,7 +89,7 @@ def is_marked(operator: Any) -> bool:
 
 def is_pointwise_type(kind: type) -> bool:
     """Whether a class belongs to this family."""
-    return kind in (*_FROM_UINT8, *_NORMALIZE)
+    return is_a(kind, _FROM_UINT8 + _NORMALIZE)
 
 
 def is_pointwise(operator: Any) -> bool:
@@ -88,7 +99,7 @@ def is_pointwise(operator: Any) -> bool:
 
 def takes_uint8(operator: Any) -> bool:
     """Whether ``operator`` is of this family and may be the first one that sees raw pixels."""
-    return type(operator) in _FROM_UINT8 or is_marked(operator)
+    return is_a(type(operator), _FROM_UINT8) or is_marked(operator)
 
 
 def run(operators: Sequence[Callable[[Any], Any]], image: Any) -> Any:
@@ -184,7 +195,7 @@ def check_constants(operators: Sequence[Any], kind: ImageKind) -> None:
         PlanError: NaN, a standard deviation of 0, a number of channels that does not fit.
     """
     for position, operator in enumerate(operators):
-        if type(operator) not in _NORMALIZE:
+        if not is_a(type(operator), _NORMALIZE):
             continue
         mean, std = _constants(operator.mean), _constants(operator.std)
         name = f"Normalize(mean={mean}, std={std})"
@@ -238,7 +249,7 @@ def fit(operators: Sequence[Any], values: torch.Tensor) -> NDArray[np.float32] |
         operators: for the constants of their ``Normalize``, at most one.
         values: [C, 256], the specification.
     """
-    normalize = [operator for operator in operators if type(operator) in _NORMALIZE]
+    normalize = [operator for operator in operators if is_a(type(operator), _NORMALIZE)]
     if len(normalize) > 1 or not values.is_floating_point():
         return None
     channels = values.shape[0]
