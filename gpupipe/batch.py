@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ Assemble = Callable[[torch.Tensor, tuple[torch.Tensor, ...], NDArray[np.int64]],
 """``assemble(images, columns, indices)`` returns the batch; ``indices`` are the dataset's."""
 
 
-def move(tree: Any, device: torch.device) -> Any:
+def move(tree: Any, device: torch.device) -> Any:  # one return a kind of tree
     """Return a batch with its tensors on ``device``; structure, strings and numbers stay.
 
     Args:

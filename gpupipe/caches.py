@@ -25,6 +25,12 @@ def _private(path: Path) -> bool:
     return ours and closed and os.access(path, os.W_OK | os.X_OK)
 
 
+def _remove(scratch: Path, owner: int) -> None:
+    """Remove a directory at exit, but not at that of a forked child."""
+    if os.getpid() == owner:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 @cache
 def cache_dir(name: str) -> Path:
     """Return the directory for compiled kernels of one kind, made with mode 0700.
@@ -40,11 +46,12 @@ def cache_dir(name: str) -> Path:
     if chosen:
         root = Path(chosen)
     else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~"), ".cache")  # noqa: PTH111 # Path.expanduser raises where there is no home
+        home = os.path.expanduser("~")  # noqa: PTH111 # Path.expanduser raises where there is no home
+        base = os.environ.get("XDG_CACHE_HOME") or Path(home, ".cache")
         root = Path(base, "gpupipe")
     path = root / f"{__version__}-{name}"
     if _private(root) and _private(path):
         return path
     scratch = Path(tempfile.mkdtemp(prefix=f"gpupipe-{name}-"))
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    atexit.register(_remove, scratch, os.getpid())
     return scratch

@@ -153,7 +153,7 @@ def _round(builder: Any, value: Any, kind: int) -> Any:
 
 
 @_intrinsic
-def _block(  # noqa: PLR0917 # numba calls it by position
+def _block(  # numba calls it by position
     _context: Any,
     _source: Any,
     _source_plane: Any,
@@ -274,7 +274,7 @@ def vector(channels: int, planar_in: bool, planar_out: bool, kind: int, streamin
     source_pixel = 1 if planar_in else channels
     output_pixel = size if planar_out else size * channels
 
-    def kernel(  # noqa: PLR0917 # the order of _SIGNATURE
+    def kernel(  # the order of _SIGNATURE
         images: int,
         rows: NDArray[np.int64],
         outputs: NDArray[np.int64],
@@ -325,7 +325,7 @@ def vector(channels: int, planar_in: bool, planar_out: bool, kind: int, streamin
 def table(planar_in: bool, planar_out: bool, size: int) -> Kernel:
     """Return the compiled ``table`` kernel for elements of ``size`` bytes."""
 
-    def kernel(  # noqa: PLR0917 # the order of _SIGNATURE
+    def kernel(  # the order of _SIGNATURE
         images: int,
         rows: NDArray[np.int64],
         outputs: NDArray[np.int64],

@@ -12,10 +12,12 @@ from gpupipe.geometry import check
 from gpupipe.threads import split
 
 if TYPE_CHECKING:
-    from gpupipe.tables import Images, Layout, Lookup, Rows
-    from numpy.typing import NDArray
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
     from gpupipe.cpu_kernels import Kernel
+    from gpupipe.tables import Images, Layout, Lookup, Rows
 
 STREAMING_BYTES = 16 << 20
 """Outputs of one call beyond this size are written around the cache."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from gpupipe.errors import IndexRangeError, InputError
 from gpupipe.tables import DTYPES, Images, Layout, Lookup, Rows
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Geometry:
     planar_out: bool
 
 
-def check(  # noqa: PLR0917 # a launcher's arguments, and the device
+def check(  # a launcher's arguments, and the device
     images: Images,
     rows: Rows | None,
     outputs: Sequence[torch.Tensor],

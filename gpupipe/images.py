@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-
 if TYPE_CHECKING:
-    from gpupipe.tables import Layout
     from numpy.typing import NDArray
+
+    from gpupipe.tables import Layout
 
 Container = Literal["PIL", "ndarray", "tensor", "Image"]
 """``"Image"`` is ``torchvision.tv_tensors.Image``; ``"tensor"`` is a plain torch.Tensor."""
@@ -63,7 +63,7 @@ class ImageKind:
         return f"uint8 {name[self.container]} [{axes[self.layout]}]"
 
 
-def kind_of(image: Any) -> ImageKind | None:  # noqa: PLR0911 # one return a refusal
+def kind_of(image: Any) -> ImageKind | None:  # one return a refusal
     """Return how ``image`` is given, or None where it is no uint8 image that can be lifted."""
     if isinstance(image, Image.Image):
         channels = _PIL_CHANNELS.get(image.mode)

@@ -11,10 +11,10 @@ import sys
 import threading
 from collections import deque
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +23,7 @@ ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector store."""
 
 KEEP_BYTES = 1 << 30
-"""Idle memory the pool keeps at most."""
+"""Memory the pool remembers at most, and so the most that it keeps idle."""
 
 SEARCH = 64
 """Buffers looked at for an idle one, so that a consumer who keeps everything pays no search."""
@@ -35,14 +35,21 @@ TRACKED = 1024
 class OutputPool:
     """Hands out CPU tensors and reuses their memory after they have died.
 
-    Thread-safe. Memory that a live tensor uses is never counted, moved or freed here; idle memory
-    of a size that was not asked for lately is let go first.
+    Thread-safe. Memory that a live tensor uses is never counted, moved or freed here. What the
+    pool remembers, idle or not, is at most ``keep_bytes``: beyond that it forgets first what was
+    not asked for lately, and such memory is freed with its tensor.
+
+    Args:
+        keep_bytes: see above.
     """
 
     def __init__(self, keep_bytes: int = KEEP_BYTES) -> None:
         self._keep = keep_bytes
         self._lock = threading.Lock()
-        self._buffers: dict[int, deque[NDArray[np.uint8]]] = {}
+        self._buffers: dict[
+            int, deque[NDArray[np.uint8]]
+        ] = {}  # by size, asked for last at the end
+        self._remembered = 0
 
     def empty(
         self, shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool = False
@@ -63,47 +70,53 @@ class OutputPool:
 
     def _take(self, nbytes: int) -> NDArray[np.uint8]:
         with self._lock:
-            same = self._buffers.setdefault(nbytes, deque(maxlen=TRACKED))
+            same = self._buffers[nbytes] = self._buffers.pop(nbytes, deque())
             for _ in range(min(len(same), SEARCH)):
                 if sys.getrefcount(same[0]) == _IDLE_REFERENCES:
                     same.rotate(-1)
                     return same[-1]
                 same.rotate(-1)
-            raw = np.empty(nbytes + ALIGNMENT, np.uint8)
-            start = -raw.ctypes.data % ALIGNMENT
-            buffer = raw[start : start + nbytes]
-            del raw
-            same.append(buffer)
-            self._trim(nbytes)
+            if nbytes <= self._keep:
+                self._forget(self._keep - nbytes)
+                if len(same) >= TRACKED:
+                    self._remembered -= same.popleft().nbytes
+            buffer = _aligned(nbytes)
+            if nbytes <= self._keep:
+                same.append(buffer)
+                self._remembered += nbytes
             return buffer
 
-    def _trim(self, wanted: int) -> None:
-        """Let go of idle buffers beyond the limit, those of other sizes first."""
-        excess = self.idle_bytes() - self._keep
-        for nbytes in sorted(self._buffers, key=lambda size: size == wanted):
+    def _forget(self, limit: int) -> None:
+        """Forget buffers until the rest has ``limit`` bytes; those of old sizes first."""
+        for nbytes in list(self._buffers):
             same = self._buffers[nbytes]
-            for _ in range(len(same)):
-                if excess <= 0:
-                    return
-                if sys.getrefcount(same[0]) == _IDLE_REFERENCES:
-                    same.popleft()
-                    excess -= nbytes
-                else:
-                    same.rotate(-1)
+            while same and self._remembered > limit:
+                self._remembered -= same.popleft().nbytes
+            if self._remembered <= limit:
+                return
+            del self._buffers[nbytes]
 
     def idle_bytes(self) -> int:
         """Return the bytes kept for reuse that no tensor uses now."""
-        return sum(
-            nbytes
-            for nbytes, same in self._buffers.items()
-            for position in range(len(same))
-            if sys.getrefcount(same[position]) == _IDLE_REFERENCES
-        )
+        with self._lock:
+            return sum(
+                nbytes
+                for nbytes, same in self._buffers.items()
+                for position in range(len(same))
+                if sys.getrefcount(same[position]) == _IDLE_REFERENCES
+            )
 
     def clear(self) -> None:
         """Let go of all memory: live tensors keep theirs, and nothing is reused."""
         with self._lock:
             self._buffers.clear()
+            self._remembered = 0
+
+
+def _aligned(nbytes: int) -> NDArray[np.uint8]:
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes]
 
 
 def _idle_references() -> int:

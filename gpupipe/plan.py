@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -163,6 +163,7 @@ class Plan:
         return "not a torchvision operator; gpupipe.pointwise marks one that is pointwise"
 
     def __str__(self) -> str:
+        """Return the table that ``gpupipe explain`` prints."""
         lines = [f"source    {self.source or 'dataset[i]'}"]
         for position, name, where, why in self.rows():
             lines.append(f"{position:<9} {name}\n          {where}: {why}")
@@ -217,7 +218,7 @@ def prove(
     return None
 
 
-def _agrees(
+def _agrees(  # prove's own, and a size
     pipeline: Pipeline,
     lookup: Lookup,
     kind: ImageKind,

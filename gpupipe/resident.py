@@ -32,12 +32,12 @@ class HostImages:
     def normalize(
         self, rows: NDArray[np.int64], outputs: list[torch.Tensor], spec: FeedSpec
     ) -> None:
-        """Gather and normalise in one pass; parts of a ``ConcatDataset`` are gathered first."""
+        """Gather and normalise in one pass; several or strided arrays are gathered first."""
         from gpupipe import cpu_ops  # imports numba where it compiles
 
         images = self._source.first.images
         picked: NDArray[np.int64] | None = rows
-        if len(self._source.parts) > 1:
+        if not self._source.in_place:
             images, picked = np.empty((len(rows), *images.shape[1:]), np.uint8), None
             self._source.read_images(rows, images)
         cpu_ops.normalize(images, picked, outputs, spec.lookup, layout=spec.layout)
@@ -78,9 +78,7 @@ class DeviceImages:
             # records an event for every non-blocking copy from it.
             host = host.pin_memory()
         self._rows = host.to(where, non_blocking=True)
-        self._device.normalize(
-            self._images, self._rows, outputs, spec.lookup, layout=spec.layout
-        )
+        self._device.normalize(self._images, self._rows, outputs, spec.lookup, layout=spec.layout)
 
     def columns(self, rows: NDArray[np.int64], start: int) -> tuple[torch.Tensor, ...]:
         """Gather the columns of one batch of the chunk that ``normalize`` was called with."""

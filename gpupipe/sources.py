@@ -9,9 +9,10 @@ viewed: a memmap stays on disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from gpupipe.images import ImageKind
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
     from gpupipe.tables import Layout
 
 Transform = Callable[[Any], Any]
@@ -40,6 +42,7 @@ class Part:
         position: where in the sample's tuple the image stands; None: the sample is the image.
         transform: what the dataset applies to the image, or None.
         target_transform: what it applies to the only column, or None.
+        label: the value of a row that ``target_transform`` gets; given where that is.
     """
 
     images: NDArray[np.uint8]
@@ -49,6 +52,7 @@ class Part:
     position: int | None
     transform: Transform | None = None
     target_transform: Transform | None = None
+    label: Callable[[int], Any] | None = None
 
 
 class ArraySource:
@@ -65,12 +69,18 @@ class ArraySource:
         self._starts = np.cumsum([0, *(len(part.images) for part in parts)])
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return int(self._starts[-1]) if self.rows is None else len(self.rows)
 
     @property
     def first(self) -> Part:
         """The first part; shapes, layout and kind are the same for all."""
         return self.parts[0]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a kernel can read the images where they lie: in one contiguous array."""
+        return len(self.parts) == 1 and bool(self.first.images.flags.c_contiguous)
 
     def locate(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the rows, counted through the parts, of indices that ``sampling`` has checked."""
@@ -84,23 +94,20 @@ class ArraySource:
         """Return the values [len(rows), ...] of one column."""
         arrays = [part.columns[column] for part in self.parts]
         if len(arrays) == 1:
-            return arrays[0].take(rows, axis=0)
+            return arrays[0][rows]
         out = np.empty((len(rows), *arrays[0].shape[1:]), np.result_type(*arrays))
         self._read(arrays, rows, out)
         return out
 
     def targets(self, indices: NDArray[np.int64]) -> list[Any]:
-        """Return the only column's values as ``dataset[i]`` would, ``target_transform`` included.
-
-        They are Python ints where the dataset makes them so, else NumPy scalars or rows.
-        """
+        """Return the only column's values as ``dataset[i]`` would, ``target_transform`` included."""
         rows = self.locate(indices)
         which = np.searchsorted(self._starts, rows, side="right") - 1
         values = []
         for number, row in zip(which.tolist(), rows.tolist(), strict=True):
             part = self.parts[number]
-            value = part.columns[0][row - int(self._starts[number])]
-            value = value.item() if part.kind.container == "PIL" else value
+            label = part.columns[0].__getitem__ if part.label is None else part.label
+            value = label(row - int(self._starts[number]))
             values.append(value if part.target_transform is None else part.target_transform(value))
         return values
 
@@ -108,8 +115,11 @@ class ArraySource:
         self, arrays: Sequence[NDArray[Any]], rows: NDArray[np.int64], out: NDArray[Any]
     ) -> None:
         if len(arrays) == 1:
-            # "clip" writes into out; "raise" would make a copy. The rows have been checked.
-            np.take(arrays[0], rows, axis=0, out=out, mode="clip")
+            if arrays[0].flags.c_contiguous:
+                # "clip" writes into out; "raise" would make a copy. The rows have been checked.
+                np.take(arrays[0], rows, axis=0, out=out, mode="clip")
+            else:  # take would first copy the whole array
+                out[...] = arrays[0][rows]
             return
         which = np.searchsorted(self._starts, rows, side="right") - 1
         for number, array in enumerate(arrays):
@@ -147,13 +157,14 @@ class ArrayDataset(Dataset[Any]):
         self.transform = transform
         self.target_transform = target_transform
         check_images(self.images, "images")
-        if self.labels is not None and len(self.labels) != len(self.images):
+        if self.labels is not None and self.labels.shape[:1] != (len(self.images),):
             raise SourceError(
-                f"labels must be as many as images, got {len(self.labels)} labels for "
+                f"labels must be as many as images, got labels of shape {self.labels.shape} for "
                 f"{len(self.images)} images; check that both belong together"
             )
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(self.images)
 
     def __getitem__(self, index: int) -> Any:
@@ -171,8 +182,8 @@ def _open(array: Any, name: str) -> NDArray[Any]:
     if not isinstance(array, (str, PathLike)):
         return np.asanyarray(array)
     try:
-        opened: NDArray[Any] = np.load(array, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        opened: Any = np.load(array, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, BadZipFile) as error:
         raise SourceError(
             f"{name} must be a whole .npy file of plain numbers, got {array}: {error}; "
             "save it again with np.save"
@@ -180,7 +191,8 @@ def _open(array: Any, name: str) -> NDArray[Any]:
     if not isinstance(opened, np.ndarray):
         opened.close()
         raise SourceError(f"{name} must be a .npy file, got the archive {array}; save one array")
-    return opened
+    mapped: NDArray[Any] = opened
+    return mapped
 
 
 def check_images(images: NDArray[Any] | torch.Tensor, name: str) -> None:
@@ -197,90 +209,108 @@ def check_images(images: NDArray[Any] | torch.Tensor, name: str) -> None:
         )
 
 
+def _array(values: Any) -> NDArray[Any] | None:
+    """Return values as an array if they all have one type and shape, or None."""
+    if isinstance(values, (list, tuple)) and len(set(map(type, values))) > 1:
+        return None  # default_collate goes by the first of a batch, NumPy by all of them
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+
+
 def _label_column(values: Any) -> NDArray[Any] | None:
     """Return labels as default_collate would type them after ``int()``, or None."""
-    array = np.asarray(values)
-    return (
-        array.astype(np.int64, copy=False) if array.ndim == 1 and array.dtype.kind in "iu" else None
-    )
+    array = _array(values)
+    if array is None or array.ndim != 1 or array.dtype.kind not in "iu":
+        return None
+    return array.astype(np.int64, copy=False)
 
 
 def _number_column(values: Any) -> NDArray[Any] | None:
     """Return a sequence of numbers with the dtype that default_collate gives them, or None."""
-    array = np.asarray(values)
-    if array.dtype.kind not in "biuf" or not array.ndim or not len(array):
+    array = _array(values)
+    if array is None or array.dtype.kind not in "biuf" or not array.ndim or not len(array):
         return None
     try:
-        dtype = default_collate([values[0]]).numpy().dtype
-    except TypeError:  # float128 and the like
+        batch = default_collate([values[0]])
+    except (TypeError, ValueError, RuntimeError):  # float128, foreign byte order, too large
         return None
-    return array.astype(dtype, copy=False)
+    if not isinstance(batch, torch.Tensor) or batch.shape[1:] != array.shape[1:]:
+        return None  # a list of lists is collated item by item
+    return array.astype(batch.numpy().dtype, copy=False)
 
 
-def _pil_part(dataset: Any, images: Any, labels: NDArray[Any] | None, mode: str) -> Part | str:
+def _pil_part(
+    dataset: Any, images: Any, labels: NDArray[Any] | None, mode: str, label: Callable[[int], Any]
+) -> Part | str:
     layout: Layout = "NHW" if mode == "L" else "NHWC"
     if labels is None:
-        return "its labels are not plain integers"
+        return "its labels are not plain numbers of one type"
     if str(images.dtype).removeprefix("torch.") != "uint8" or images.ndim != len(layout):
         return f"its data is {images.dtype} {tuple(images.shape)}, not uint8 [{', '.join(layout)}]"
     array = images.numpy() if isinstance(images, torch.Tensor) else images
     kind = ImageKind("PIL", 1 if mode == "L" else 3, layout, mode)
-    return Part(array, layout, kind, (labels,), 0, dataset.transform, dataset.target_transform)
+    transforms = (dataset.transform, dataset.target_transform)
+    return Part(array, layout, kind, (labels,), 0, *transforms, label)
 
 
 def _mnist(dataset: Any) -> Part | str:
-    return _pil_part(dataset, dataset.data, _label_column(dataset.targets), "L")
+    targets = dataset.targets
+    labels = _label_column(targets)
+    return _pil_part(dataset, dataset.data, labels, "L", lambda row: int(targets[row]))
 
 
 def _qmnist(dataset: Any) -> Part | str:
     if not dataset.compat:
         return "its extended targets are tensors"
-    return _pil_part(dataset, dataset.data, _label_column(dataset.targets[:, 0]), "L")
+    targets = dataset.targets[:, 0]
+    labels = _label_column(targets)
+    return _pil_part(dataset, dataset.data, labels, "L", lambda row: int(targets[row]))
 
 
 def _cifar(dataset: Any) -> Part | str:
     if dataset.data.ndim == 4 and dataset.data.shape[3] != 3:  # noqa: PLR2004 # RGB
         return f"its data has shape {dataset.data.shape}, not [N, H, W, 3]"
-    return _pil_part(dataset, dataset.data, _number_column(dataset.targets), "RGB")
+    targets = dataset.targets
+    return _pil_part(dataset, dataset.data, _number_column(targets), "RGB", targets.__getitem__)
 
 
 def _svhn(dataset: Any) -> Part | str:
-    images, labels = dataset.data, _label_column(dataset.labels)
-    if labels is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:  # noqa: PLR2004 # [N, 3, H, W]
-        return f"its data is {images.dtype} {images.shape}, not uint8 [N, 3, H, W] with int labels"
-    kind = ImageKind("PIL", 3, "NHWC", "RGB")
-    return Part(images, "NCHW", kind, (labels,), 0, dataset.transform, dataset.target_transform)
+    images, labels = dataset.data, dataset.labels
+    if images.ndim == 4 and images.shape[1] != 3:  # noqa: PLR2004 # RGB
+        return f"its data has shape {images.shape}, not [N, 3, H, W]"
+    # Each image is transposed to [H, W, 3] before it becomes a PIL image.
+    pixels = images.transpose(0, 2, 3, 1) if images.ndim == 4 else images  # noqa: PLR2004 # [N, C, H, W]
+    return _pil_part(dataset, pixels, _label_column(labels), "RGB", lambda row: int(labels[row]))
 
 
 def _tensors(dataset: Any) -> Part | str:
+    if any(type(tensor) is not torch.Tensor for tensor in dataset.tensors):
+        return "it holds tensors of a class of their own"
     images = dataset.tensors[0]
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.device.type != "cpu":
         return f"its first tensor is {images.dtype} {tuple(images.shape)}, no uint8 images"
-    columns = []
-    for tensor in dataset.tensors[1:]:
-        if type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or tensor.is_sparse:
-            return "it holds tensors that are no plain CPU tensors"
-        if tensor.dtype == torch.bfloat16 or tensor.requires_grad:
-            return "it holds tensors that NumPy cannot view"
-        columns.append(tensor.numpy())
+    try:
+        array, *columns = (tensor.numpy() for tensor in dataset.tensors)
+    except (TypeError, RuntimeError):  # sparse, bfloat16, on a device, with a gradient
+        return "it holds tensors that NumPy cannot view"
     layout: Layout = "NHW" if images.ndim == 3 else "NCHW"  # noqa: PLR2004 # [N, H, W]
     channels = 1 if layout == "NHW" else int(images.shape[1])
-    kind = ImageKind("tensor", channels, layout)
-    return Part(images.numpy(), layout, kind, tuple(columns), 0)
+    return Part(array, layout, ImageKind("tensor", channels, layout), tuple(columns), 0)
 
 
 def _arrays(dataset: Any) -> Part | str:
     images = dataset.images
     check_images(images, "images")
     labels = dataset.labels
-    columns: tuple[NDArray[Any], ...] = ()
-    if labels is not None:
-        column = _number_column(labels)
-        if column is None:
-            return f"its labels are {labels.dtype}, not numbers"
-        columns = (column,)
     transforms = (dataset.transform, dataset.target_transform)
-    return Part(*_bare(images), columns, None if labels is None else 0, *transforms)
+    if labels is None:
+        return Part(*_bare(images), (), None, *transforms)
+    column = _number_column(labels)
+    if column is None:
+        return f"its labels are {labels.dtype}, not numbers"
+    return Part(*_bare(images), (column,), 0, *transforms, labels.__getitem__)
 
 
 def _bare(images: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Layout, ImageKind]:
@@ -309,10 +339,10 @@ def resolve(dataset: Any) -> ArraySource | str:
     if isinstance(found, str):
         return found
     parts, rows = found
+    views = [_contiguous(part) for part in parts]
+    parts = views if len({part.layout for part in views}) == 1 else parts
     first = parts[0]
     for part in parts:
-        if not part.images.flags.c_contiguous:
-            return "its array is not contiguous"
         if (part.images.shape[1:], part.layout, part.kind, part.position) != (
             (first.images.shape[1:], first.layout, first.kind, first.position)
         ) or [c.shape[1:] for c in part.columns] != [c.shape[1:] for c in first.columns]:
@@ -322,7 +352,24 @@ def resolve(dataset: Any) -> ArraySource | str:
     return ArraySource(parts, rows)
 
 
-def _resolve(dataset: Any) -> tuple[list[Part], NDArray[np.int64] | None] | str:
+def _contiguous(part: Part) -> Part:
+    """Return the part with its images in the order in which they lie in memory, if it has a name.
+
+    CIFAR10's [N, H, W, C] is a view of [N, C, H, W].
+    """
+    images, layout = part.images, part.layout
+    if images.flags.c_contiguous or layout == "NHW":
+        return part
+    planar = layout == "NCHW"
+    view = images.transpose((0, 2, 3, 1) if planar else (0, 3, 1, 2))
+    if not view.flags.c_contiguous:
+        return part
+    return replace(part, images=view, layout="NHWC" if planar else "NCHW")
+
+
+def _resolve(  # one return a refusal
+    dataset: Any,
+) -> tuple[list[Part], NDArray[np.int64] | None] | str:
     kind = type(dataset)
     if kind is Subset:
         return _subset(dataset)
@@ -337,9 +384,10 @@ def _resolve(dataset: Any) -> tuple[list[Part], NDArray[np.int64] | None] | str:
     part = reader(dataset)
     if isinstance(part, str):
         return f"{kind.__name__}: {part}"
-    if any(len(column) < len(part.images) for column in part.columns):
-        return f"{kind.__name__} has fewer labels than images"
-    return [part], None
+    count, length = len(part.images), len(dataset)
+    if length > count or any(len(column) < count for column in part.columns):
+        return f"{kind.__name__} has fewer images or labels than its length says"
+    return [part], None if length == count else np.arange(length)
 
 
 def _subset(dataset: Subset[Any]) -> tuple[list[Part], NDArray[np.int64] | None] | str:

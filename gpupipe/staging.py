@@ -19,8 +19,6 @@ import torch
 from gpupipe.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
     from numpy.typing import NDArray
 
@@ -211,7 +209,7 @@ class Ring:
         if depth < 1:
             raise InputError(f"depth must be at least 1, got {depth}; 2 or 3 overlap copies")
         self.copy_stream = device.new_stream()
-        self.slots: Sequence[Slot] = [Slot(device) for _ in range(depth)]
+        self.slots = [Slot(device) for _ in range(depth)]
         self.free: SimpleQueue[Slot | None] = SimpleQueue()
         self.closed = False
         self._largest = 0

@@ -76,7 +76,7 @@ def _tuple(values: tuple[float, ...]) -> str:
 def channel_stats(
     dataset: Any, *, batch_size: int | None = None, progress: bool | None = None
 ) -> ChannelStats:
-    """Return the mean and std of each channel of all images of a dataset, exact to one rounding.
+    """Return the mean and std of each channel of all images of a dataset, from integer sums.
 
     Raw pixels are counted. Where they lie in an array (torchvision's MNIST family, CIFAR and SVHN,
     ``TensorDataset``, ``ArrayDataset``, also behind ``Subset`` and ``ConcatDataset``) the dataset's
@@ -98,9 +98,12 @@ def channel_stats(
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise InputError(f"batch_size must be a positive int or None, got {batch_size!r}")
     source = resolve(dataset)
-    in_memory = isinstance(source, ArraySource)
-    total = len(source) if in_memory else _length(dataset)
-    blocks = _array_blocks(source, batch_size) if in_memory else _sample_blocks(dataset, batch_size)
+    if isinstance(source, ArraySource):
+        total: int | None = len(source)
+        blocks = _array_blocks(source, batch_size)
+    else:
+        total = _length(dataset)
+        blocks = _sample_blocks(dataset, batch_size)
     counts = np.zeros((1, 256), np.int64)
     images = 0
     with _bar(total, shown=progress) as move:
@@ -223,21 +226,19 @@ def _image_of(sample: Any) -> Any:
 
 def _refusal(index: int, image: Any) -> str:
     """Say what came instead of a uint8 image, and what to do."""
-    if isinstance(image, Image.Image):
-        return (
-            f"dataset[{index}] must be an image of 8 bits a channel, got PIL mode {image.mode}; "
-            "convert it as it is loaded, for example image.convert('RGB')"
-        )
-    got = type(image).__name__
+    got = f"a {type(image).__name__}"
     advice = "return the image, or (image, label) with the image first"
-    if isinstance(image, (torch.Tensor, np.ndarray)):
+    if isinstance(image, Image.Image):
+        got = f"PIL {image.mode}"
+        advice = "convert it as it is loaded, for example image.convert('RGB')"
+    elif isinstance(image, (torch.Tensor, np.ndarray)):
         where = f" on {image.device}" if isinstance(image, torch.Tensor) else ""
-        got = f"{str(image.dtype).removeprefix('torch.')} {got} {tuple(image.shape)}{where}"
-        advice = (
-            "pass the dataset without its transform (transform=None when it is made): "
-            "the statistics are of the raw pixels"
-        )
-    return f"dataset[{index}] must be a PIL image or uint8 pixels on the CPU, got {got}; {advice}"
+        got = f"{str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}{where}"
+        advice = "pass the dataset without its transform: the statistics are of the raw pixels"
+    return (
+        f"dataset[{index}] must be a PIL image of 8 bits a channel, or uint8 pixels [H, W], "
+        f"[H, W, C] or as a CPU tensor [C, H, W], got {got}; {advice}"
+    )
 
 
 @contextmanager

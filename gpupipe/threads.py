@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,11 +74,64 @@ class _Pool:
 _POOL = _Pool()
 
 
+class _Job:
+    """Ranges of one call, taken one by one by the caller and by helpers that have the time."""
+
+    def __init__(self, run: Callable[[int, int], None], count: int, parts: int) -> None:
+        self._run = run
+        self._ranges = [
+            (count * part // parts, count * (part + 1) // parts) for part in reversed(range(parts))
+        ]
+        self._helping = 0
+        self._idle = threading.Condition()
+        self.error: BaseException | None = None
+
+    def take(self) -> bool:
+        """Run one range; return whether there was one."""
+        with self._idle:
+            if not self._ranges:
+                return False
+            begin, end = self._ranges.pop()
+        self._run(begin, end)
+        return True
+
+    def help(self) -> None:
+        """Run ranges on a helper thread; its error is the caller's to raise."""
+        with self._idle:
+            self._helping += 1
+        try:
+            while self.take():
+                pass
+        except BaseException as error:  # noqa: BLE001 # raised by ``split``
+            self.error = error
+        finally:
+            with self._idle:
+                self._helping -= 1
+                self._idle.notify_all()
+
+    def finish(self) -> None:
+        """Wait until no helper runs a range, whatever interrupts the wait; hand out no more."""
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                with self._idle:
+                    self._ranges.clear()
+                    self._idle.wait_for(lambda: not self._helping)
+                break
+            except BaseException as error:  # noqa: BLE001 # raised once nothing runs
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+
 def split(run: Callable[[int, int], None], count: int, parts: int | None = None) -> None:
     """Call ``run(begin, end)`` over ``range(count)``, in parallel, and wait for all of it.
 
+    When it returns or raises, whatever the reason, no thread runs ``run`` any more: its memory may
+    be freed. After an exception in one range some of the others may not have run.
+
     Args:
-        run: releases the GIL; must not raise for one range only.
+        run: releases the GIL.
         count: how many items there are.
         parts: how many ranges; default: one for each CPU, at most ``MAX_THREADS``.
     """
@@ -87,16 +141,14 @@ def split(run: Callable[[int, int], None], count: int, parts: int | None = None)
     if parts == 1:
         run(0, count)
         return
-    bounds = [count * part // parts for part in range(parts + 1)]
-    helpers = _POOL.executor()
-    futures = [
-        helpers.submit(run, begin, end) for begin, end in zip(bounds[1:-1], bounds[2:], strict=True)
-    ]
+    job = _Job(run, count, parts)
     try:
-        run(bounds[0], bounds[1])
+        with suppress(RuntimeError):  # the interpreter is shutting down: the caller does it all
+            for _ in range(parts - 1):
+                _POOL.executor().submit(job.help)
+        while job.take():
+            pass
     finally:
-        # Also after KeyboardInterrupt: nobody may free memory that a helper still writes.
-        for future in futures:
-            future.exception()
-    for future in futures:
-        future.result()
+        job.finish()
+    if job.error is not None:
+        raise job.error

@@ -342,7 +342,7 @@ class StagedFeed:
         images, *columns = spec.views(ready.slot.buffers()[1], ready.count)
         ready.slot.await_copied_on(stream)
         start = 0
-        for group in _launch_groups(outputs):
+        for group in launch_groups(outputs):
             end = start + sum(map(len, group))
             device.normalize(images[start:end], None, group, spec.lookup, layout=spec.layout)
             self.launches += 1
@@ -372,7 +372,7 @@ class StagedFeed:
         self._finalizer.detach()
 
 
-def _launch_groups(outputs: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+def launch_groups(outputs: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Split into runs that one launch can write: all of one size, the last at most that."""
     groups: list[list[torch.Tensor]] = []
     for output in outputs:

@@ -1,6 +1,6 @@
 // normalize: raw uint8 images through one 256-entry table per channel, to any layout and dtype.
 //
-//   output[n, c, p] = table[c][images[row(n), c, p]],   row(n) = rows ? rows[n] : n,   p = h * W + w
+//   output[n, c, p] = table[c][images[row(n), c, p]],  row(n) = rows ? rows[n] : n,  p = h * W + w
 //
 // The table holds what torchvision itself makes of each level, so no arithmetic happens here and
 // the bits are torchvision's.
@@ -17,7 +17,7 @@
 // Tiles     A tile is up to `tile_pixels` consecutive pixels of one image, never of two; of one
 //           plane when source and output are both planar. Blocks stride over the tiles, so that the
 //           table is copied to shared memory once per block and `rows`, addresses and the one
-//           division are uniform in a block. All offsets between tiles are 64-bit; in a tile 32-bit.
+//           division are uniform in a block. Offsets between tiles are 64-bit, in a tile 32-bit.
 // Threads   One thread makes 16 bytes of a plane or row of the output (4, 8 or 16 elements), its
 //           neighbour the next 16 bytes; several loads are in flight before the first look-up.
 //             same layout            copy_run: source and output are one run each
@@ -27,7 +27,7 @@
 // Loads     As many bytes as 16 bytes of output need (C times that in deinterleave), in accesses of
 //           4, 8 or 16 bytes; single bytes where the source address does not allow it.
 // Stores    16 bytes. Before the output's first 16-byte boundary and after its last one, elements
-//           are stored one by one; planes that lie differently to 16 (odd H*W) all by single elements.
+//           are stored one by one; so is all of a deinterleaved tile whose planes are not aligned.
 // Traffic   1 + sizeof(T) bytes per element; the table stays in shared memory (in the L1 cache when
 //           C is 0 and it exceeds 16 KB).
 //

@@ -59,9 +59,8 @@ class Source:
         )
 
     def read(self, rows: Rows, views: list[NDArray[Any]]) -> None:
-        for view, values in zip(
-            views, (self.raw, self.labels, self.points, self.flags), strict=True
-        ):
+        fields: tuple[NDArray[Any], ...] = (self.raw, *self.columns)
+        for view, values in zip(views, fields, strict=True):
             view[...] = values[rows]
 
     def expected(self, rows: Rows) -> list[torch.Tensor]:

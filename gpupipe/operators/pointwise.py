@@ -11,7 +11,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from gpupipe.tables import DTYPES, Lookup
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
     from gpupipe.images import ImageKind
 
 LEVELS = 256
@@ -203,12 +204,22 @@ def check_constants(operators: Sequence[Any], kind: ImageKind) -> None:
             raise PlanError(f"{name} has a constant that is not finite; compute it again")
         if 0.0 in std:
             raise PlanError(f"{name} divides by a std of 0; a constant channel needs std 1")
-        if {len(mean), len(std)} - {1, kind.channels}:
+        if {len(mean), len(std)} - {1, kind.channels} and not _accepts(operators, kind):
             raise PlanError(
                 f"{name} is for {max(len(mean), len(std))} channels, but the images are {kind} "
                 f"with {kind.channels}; give one mean and std per channel"
             )
         _check_scale(operators[:position], name, mean, kind)
+
+
+def _accepts(operators: Sequence[Any], kind: ImageKind) -> bool:
+    """Whether torchvision gives a result all the same: v2 spreads one channel over many."""
+    pixels = np.zeros((2, 3, kind.channels), np.uint8)
+    try:
+        run(operators, kind.build(pixels))
+    except Exception:  # noqa: BLE001 # whatever it is, it does not work
+        return False
+    return True
 
 
 def _constants(values: Any) -> list[float]:
@@ -255,8 +266,9 @@ def fit(operators: Sequence[Any], values: torch.Tensor) -> NDArray[np.float32] |
     channels = values.shape[0]
     mean, std = np.zeros(channels, np.float32), np.ones(channels, np.float32)
     if normalize:
-        mean[:] = np.float32(_constants(normalize[0].mean))
-        std[:] = np.float32(_constants(normalize[0].std))
+        with np.errstate(over="ignore"):  # a constant beyond float32 is found by the comparison
+            mean[:] = _constants(normalize[0].mean)
+            std[:] = _constants(normalize[0].std)
     b, b_low = _reciprocal(std)
     by_255 = _reciprocal(np.full(channels, 255, np.float32))
     zero, one = np.zeros(channels, np.float32), np.ones(channels, np.float32)
@@ -269,9 +281,10 @@ def fit(operators: Sequence[Any], values: torch.Tensor) -> NDArray[np.float32] |
 
 def _reciprocal(value: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return 1 / value as the sum of two float32."""
-    exact = 1 / value.astype(np.float64)
-    high = exact.astype(np.float32)
-    return high, (exact - high).astype(np.float32)
+    with np.errstate(all="ignore"):
+        exact = 1 / value.astype(np.float64)
+        high = exact.astype(np.float32)
+        return high, (exact - high).astype(np.float32)
 
 
 def evaluate(constants: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -282,8 +295,9 @@ def evaluate(constants: NDArray[np.float32]) -> NDArray[np.float32]:
     """
     a, a_low, mean, b, b_low = (column[:, None] for column in constants.T)
     x = np.arange(LEVELS, dtype=np.float32)[None]
-    t = _fma(x, a, x * a_low) - mean
-    return _fma(t, b, t * b_low)
+    with np.errstate(all="ignore"):  # overflow to infinity is what torchvision gives, too
+        t = _fma(x, a, x * a_low) - mean
+        return _fma(t, b, t * b_low)
 
 
 def _fma(

@@ -1,0 +1,152 @@
+"""The demo's contenders for one job: shuffled, normalised batches of Fashion-MNIST on a device.
+
+Every contender is asked for the same order, so that their batches can be compared before any of
+them is timed. They take turns, and the median of the turns counts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader as TorchDataLoader
+
+from gpupipe.loader import DataLoader
+from gpupipe.operators.pointwise import same_bits
+
+BATCH = 256
+CHECKED = 4
+"""Batches of each contender that are compared with torchvision's."""
+
+Batches = Iterator[Any]
+"""Yields (images, labels), or a list of both."""
+
+
+@dataclass
+class Contender:
+    """One way of making the batches.
+
+    Attributes:
+        name: for the table.
+        begin: takes a seed and begins an epoch.
+        warm: batches that are taken before the clock starts; None: whole epochs are timed.
+        timed: batches that are timed; None: to the end of the epoch.
+        same: whether its first batches have torchvision's bits; None: not looked at yet.
+        rates: images/s of each turn.
+    """
+
+    name: str
+    begin: Callable[[int], Batches]
+    warm: int = 0
+    timed: int | None = None
+    same: bool | None = None
+    rates: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Images/s, the median of all turns."""
+        return statistics.median(self.rates)
+
+
+def contenders(dataset: Any, device: torch.device, *, quick: bool) -> list[Contender]:
+    """Return the tutorial's loader with 0 and 2 workers, plain torch, and gpupipe.
+
+    Args:
+        dataset: of torchvision's MNIST family, with ``Compose([ToTensor(), Normalize(...)])``.
+        device: where batches are wanted.
+        quick: time fewer batches of the slow ones.
+    """
+    few = 3 if quick else 12
+    normalize = dataset.transform.transforms[-1]
+
+    def tutorial(workers: int) -> Callable[[int], Batches]:
+        def begin(seed: int) -> Batches:
+            loader = TorchDataLoader(
+                dataset, BATCH, shuffle=True, num_workers=workers, generator=_generator(seed)
+            )
+            return ((x.to(device), y.to(device)) for x, y in loader)
+
+        return begin
+
+    def plain(seed: int) -> Batches:
+        return _plain(dataset.data, dataset.targets, normalize.mean, normalize.std, seed, device)
+
+    generator = torch.Generator()
+    loader = DataLoader(dataset, BATCH, shuffle=True, generator=generator, device=device)
+
+    def ours(seed: int) -> Batches:
+        generator.manual_seed(seed)
+        return iter(loader)
+
+    # What workers have made before the clock starts must not count: their queue is 4 batches long.
+    return [
+        Contender("torchvision, 0 workers", tutorial(0), warm=1, timed=few),
+        Contender("torchvision, 2 workers", tutorial(2), warm=4, timed=2 * few),
+        Contender("plain torch batch ops", plain),
+        Contender("gpupipe", ours),
+    ]
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _plain(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    mean: Any,
+    std: Any,
+    seed: int,
+    device: torch.device,
+) -> Batches:
+    """The best loop in plain torch: gather, then in-place ops on a buffer that is used again."""
+    generator = _generator(seed)
+    torch.empty((), dtype=torch.int64).random_(generator=generator)  # a DataLoader's base_seed
+    order = torch.randperm(len(images), generator=generator)
+    means, stds = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
+    raw = torch.empty((BATCH, *images.shape[1:]), dtype=torch.uint8)
+    raw = raw.pin_memory() if device.type == "cuda" else raw
+    buffer = torch.empty((BATCH, 1, *images.shape[1:]), device=device)
+    for chosen in order.split(BATCH):
+        out = buffer[: len(chosen)]
+        gathered = raw[: len(chosen)]
+        torch.index_select(images, 0, chosen, out=gathered)
+        out[:, 0].copy_(gathered)
+        out.div_(255).sub_(means).div_(stds)
+        yield out, labels.index_select(0, chosen).to(device)
+
+
+def check(racers: list[Contender], seed: int = 0) -> None:
+    """Compare the first batches of each with those of the first, which is torchvision's."""
+    expected: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for racer in racers:
+        with _running(racer, seed) as batches:
+            for number, (images, labels) in enumerate(islice(batches, CHECKED)):
+                made = images.cpu().clone(), labels.cpu().clone()
+                if racer is racers[0]:
+                    expected.append(made)
+                pairs = zip(made, expected[number], strict=True)
+                racer.same = racer.same is not False and all(same_bits(a, b) for a, b in pairs)
+
+
+def turn(racer: Contender, seed: int, device: torch.device) -> None:
+    """Time one turn: whole epochs for at least 0.1 s, or ``timed`` batches."""
+    images, seconds = 0, 0.0
+    while seconds < 0.1:  # noqa: PLR2004 # long enough for the clock
+        with _running(racer, seed) if racer.timed else _timed_from_here(racer, seed) as batches:
+            for _ in islice(batches, racer.warm):
+                pass
+            _synchronize(device)
+            start = time.perf_counter()
+            for batch, _ in islice(batches, racer.timed):
+                images += len(batch)
+            _synchronize(device)
+            seconds += time.perf_counter() - start
+    racer.rates.append(images / seconds)
