@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,11 +12,7 @@ from gpupipe import kernel_source
 from gpupipe.errors import InputError
 from gpupipe.geometry import check
 from gpupipe.kernel_source import THREADS
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from gpupipe.tables import Images, Layout, Lookup, Rows
+from gpupipe.tables import Images, Layout, Lookup, Rows
 
 MAX_OUTPUTS = 64
 """Allocations that one launch writes, ``MAX_OUTPUTS`` in ``common.cuh``."""

@@ -25,6 +25,9 @@ BATCH = 256
 CHECKED = 4
 """Batches of each contender that are compared with torchvision's."""
 
+SHORTEST = 0.1
+"""Seconds that a turn of whole epochs lasts at least."""
+
 Batches = Iterator[Any]
 """Yields (images, labels), or a list of both."""
 
@@ -137,16 +140,37 @@ def check(racers: list[Contender], seed: int = 0) -> None:
 
 
 def turn(racer: Contender, seed: int, device: torch.device) -> None:
-    """Time one turn: whole epochs for at least 0.1 s, or ``timed`` batches."""
+    """Time one turn: ``timed`` batches, or whole epochs from ``iter()`` on."""
     images, seconds = 0, 0.0
-    while seconds < 0.1:  # noqa: PLR2004 # long enough for the clock
-        with _running(racer, seed) if racer.timed else _timed_from_here(racer, seed) as batches:
-            for _ in islice(batches, racer.warm):
-                pass
-            _synchronize(device)
-            start = time.perf_counter()
+    while seconds < SHORTEST:
+        start = time.perf_counter()
+        with _running(racer, seed) as batches:
+            if racer.timed is not None:
+                for _ in islice(batches, racer.warm):
+                    pass
+                _synchronize(device)
+                start = time.perf_counter()
             for batch, _ in islice(batches, racer.timed):
                 images += len(batch)
             _synchronize(device)
             seconds += time.perf_counter() - start
     racer.rates.append(images / seconds)
+
+
+@contextmanager
+def _running(racer: Contender, seed: int) -> Iterator[Batches]:
+    """Begin an epoch, and end it however far it came."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few CPUs and of forking beside threads
+        batches = racer.begin(seed)
+        try:
+            yield batches
+        finally:
+            close = getattr(batches, "close", None)  # a generator's: its workers end
+            if close is not None:
+                close()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

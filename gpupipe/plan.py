@@ -73,10 +73,13 @@ class Pipeline:
         if not self.operators:
             return "the transform is empty"
         first = next((o for o in self.operators if pointwise.takes_uint8(o.call)), None)
-        last = next(o for o in reversed(self.operators) if not pointwise.takes_uint8(o.call))
-        if first is None:
-            return f"no operator such as ToTensor makes a tensor; {last.name} is the last one"
-        return f"{last.name} works on what {first.name} made; move it before {first.name}"
+        others = [o for o in self.operators if not pointwise.is_pointwise(o.call)]
+        if first is None or not others:
+            return f"no operator such as ToTensor begins from raw pixels; got {self.operators[0].name}"
+        return (
+            f"{others[-1].name} works on what {first.name} made, and has no kernel yet; "
+            "if it takes raw images too, move it before"
+        )
 
 
 def flatten(transform: Any, position: str = "") -> list[Operator]:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 POISON = 0xA5
 GRANULE = 512
 PATIENCE_S = 60.0
-PACES_S = (0.0, 0.0, 0.0005, 0.002)
+PACES_S = (0.0, 0.0, 0.0004, 0.0014)
 """Mean delays before an operation; each stream draws one of them for its life."""
 
 Operation = Callable[[], None]

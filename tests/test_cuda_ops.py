@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,7 @@ import torch
 from gpupipe import cpu_ops, cuda_ops, geometry, kernel_source
 from gpupipe.errors import InputError
 from gpupipe.tables import Layout, Lookup
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "emulator"))
-import harness  # tests are no package; the harness lies beside its C++
+from tests.emulator import harness
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,9 +16,8 @@ import pytest
 import torch
 from torchvision import transforms
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "emulator"))
-import harness  # tests are no package; the harness lies beside its C++
-from harness import Case
+from tests.emulator import harness
+from tests.emulator.harness import Case
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++"),

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
 from gpupipe import kernel_source
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "emulator"))
-import nvrtc  # tests are no package; the binding lies beside the emulator
+from tests.emulator import nvrtc
 
 EXPRESSIONS = tuple(i.expression for i in kernel_source.INSTANTIATIONS)
 TARGETS = [(13, "75"), (13, "80"), (13, "90"), (13, "100"), (12, "70")]

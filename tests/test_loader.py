@@ -454,7 +454,7 @@ BAD_LOADERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "labels of another length": (
         lambda: gpupipe.ArrayDataset(np.zeros((3, 4, 5), np.uint8), [1, 2]),
         gpupipe.SourceError,
-        "2 labels for 3 images",
+        r"shape \(2,\) for 3 images",
     ),
     "wrong channel count": (
         lambda: list(gpupipe.DataLoader(mnist(transform=RGB))),

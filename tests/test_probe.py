@@ -540,6 +540,18 @@ class Empty(Plain):
         return 0
 
 
+class OnlyOnce(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __getitem__(self, index: int) -> Any:
+        if index in self.seen:
+            return torch.zeros(3, 5, 9), index
+        self.seen.add(index)
+        return super().__getitem__(index)
+
+
 class Threaded(Plain):
     def __getitem__(self, index: int) -> Any:
         images: list[Any] = []
@@ -575,6 +587,7 @@ class Threaded(Plain):
         (Hidden, "does not return the transformed image itself", 1),
         (Leaving, "raises SystemExit: no data", 0),
         (Empty, "^Empty is empty$", 0),
+        (OnlyOnce, "^OnlyOnce .* without calling the transform", 0),
         (Threaded, "without calling the transform", 0),
         (lambda: Plain(str), "^Plain holds no torchvision transform in any attribute$", 0),
         (
