@@ -216,7 +216,9 @@ def _results(
     for racer in racers:
         same = "reference" if racer is racers[0] else "same" if racer.same else "DIFFERENT"
         ratio = racer.rate / base
-        table.add_row(racer.name, f"{racer.rate:,.0f}", f"{ratio:,.{0 if ratio > 10 else 1}f}x", same)  # noqa: PLR2004, E501
+        table.add_row(
+            racer.name, f"{racer.rate:,.0f}", f"{ratio:,.{0 if ratio > 10 else 1}f}x", same
+        )  # noqa: PLR2004, E501
     console.print()
     console.print(table)
     worst = max(row.different for row in proof.rows)

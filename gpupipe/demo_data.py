@@ -60,7 +60,9 @@ class DemoData:
     drawn: bool
 
 
-def load(directory: Path | None, say: Sayer, *, counts: tuple[int, int] = (12_000, 2_000)) -> DemoData:
+def load(
+    directory: Path | None, say: Sayer, *, counts: tuple[int, int] = (12_000, 2_000)
+) -> DemoData:
     """Find Fashion-MNIST, or download it, or draw a stand-in.
 
     Args:
@@ -259,7 +261,10 @@ def _garments() -> Iterator[tuple[tuple[tuple[int, int], ...], ...]]:
     collar = _mirrored((44, 2), (36, 6), (48, 20))
     yield _mirrored((40, 10), (25, 14), (12, 56), (22, 60), (30, 42), (30, 96)), collar  # shirt
     yield (((2, 80), (2, 52), (20, 46), (40, 58), (66, 44), (92, 64), (98, 80)),)  # sneaker
-    yield _mirrored((12, 40), (8, 90)), ((30, 40), (36, 14), (64, 14), (70, 40), (62, 40), (58, 22), (42, 22), (38, 40))  # bag
+    yield (
+        _mirrored((12, 40), (8, 90)),
+        ((30, 40), (36, 14), (64, 14), (70, 40), (62, 40), (58, 22), (42, 22), (38, 40)),
+    )  # bag
     yield (((34, 6), (70, 6), (68, 54), (96, 74), (96, 92), (30, 92)),)  # ankle boot
 
 

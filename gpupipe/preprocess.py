@@ -117,7 +117,11 @@ class Preprocess(nn.Module):
         raise PlanError(f"the transform cannot be compiled: {reasons[0]}; use it as it is")
 
     def _spec(
-        self, images: NDArray[np.uint8] | torch.Tensor, layout: Layout, kind: ImageKind, lookup: Lookup
+        self,
+        images: NDArray[np.uint8] | torch.Tensor,
+        layout: Layout,
+        kind: ImageKind,
+        lookup: Lookup,
     ) -> FeedSpec:
         key = (tuple(images.shape[1:]), layout, kind, lookup)
         if key not in self._specs:

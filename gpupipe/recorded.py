@@ -1,5 +1,4 @@
-"""The general route: ``dataset[i]`` runs, a recorder takes the raw image out, the kernel does the
-rest of the transform for the whole batch.
+"""The general route: ``dataset[i]`` runs up to the raw image, the kernel does the rest.
 
 In line, one batch at a time, as torch's loader with 0 workers; its speed is not the point. Every
 sample and every batch that is not as the probe found it gets torch's own treatment.
@@ -89,11 +88,11 @@ class RecordedBatches(EpochBatches):
         return batch
 
     def _make(self, indices: list[Any]) -> Any:
-        if self._fetcher.keeps_samples:
+        if self._keeps():
             samples = read(self._dataset, indices, batched=is_batched(self._dataset))
             return self._finish(self._collate_fn(samples))
         fetched = self._fetcher.fetch(indices)
-        if self._fetcher.keeps_samples:
+        if self._keeps():  # asked again: fetching may have shown it
             self._plan.reason = "the dataset keeps transformed samples; torch makes the batches"
             self._warn(f"{type(self._dataset).__name__} was lifted until now: {self._plan.reason}")
         made = self._kernel.run([raw for _, raw in fetched], indices, strict=self._stacks)
@@ -103,6 +102,9 @@ class RecordedBatches(EpochBatches):
                 return batch
         samples = [self._fetcher.complete(sample, raw) for sample, raw in fetched]
         return self._finish(self._collate_fn(samples))
+
+    def _keeps(self) -> bool:
+        return self._fetcher.keeps_samples
 
     @property
     def _stacks(self) -> bool:

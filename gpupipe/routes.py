@@ -1,7 +1,7 @@
 """The ways in which a loader's batches are made; ``loader`` picks one when iteration begins.
 
 ``ArrayRoute``: raw pixels lie in arrays; gather and kernel, no Python per sample.
-``RecordedRoute``: ``dataset[i]`` runs, a recorder takes the raw image out; the kernel does the rest.
+``recorded.RecordedBatches``: ``dataset[i]`` runs up to the raw image, the kernel does the rest.
 ``TorchRoute``: torch's own loader, transform and all; its batches are moved to the device.
 """
 

@@ -100,7 +100,7 @@ class ArraySource:
         return out
 
     def targets(self, indices: NDArray[np.int64]) -> list[Any]:
-        """Return the only column's values as ``dataset[i]`` would, ``target_transform`` included."""
+        """Return the only column's values as ``dataset[i]`` would, ``target_transform`` and all."""
         rows = self.locate(indices)
         which = np.searchsorted(self._starts, rows, side="right") - 1
         values = []

@@ -72,7 +72,9 @@ class Verification:
             raise VerificationError(f"batches differ from torchvision's:\n{self}")
 
     def __str__(self) -> str:
-        lines = [f"{'item':<16} {'dtype':<10} {'shape':<16} {'samples':>8} {'differ':>7} {'max':>9}"]
+        lines = [
+            f"{'item':<16} {'dtype':<10} {'shape':<16} {'samples':>8} {'differ':>7} {'max':>9}"
+        ]
         lines += [
             f"{r.path:<16} {r.dtype:<10} {r.shape!s:<16} {r.samples:>8} {r.different:>7} "
             f"{r.worst:>9.3g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -40,10 +41,16 @@ print(json.dumps(results))
 @pytest.fixture(scope="module")
 def imports() -> list[tuple[float, list[str], list[str]]]:
     """Per import: CPU seconds, modules that must not be there, signs of CUDA."""
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installation has its bytecode
     output = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", IMPORTS],
-        check=True, capture_output=True, text=True, timeout=120,
-    ).stdout  # fmt: skip
+        [sys.executable, "-c", IMPORTS],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
     return [(seconds, foreign, cuda) for seconds, foreign, cuda in json.loads(output)]
 
 

@@ -111,7 +111,9 @@ def assert_like_torch(
     """Assert that both loaders give the same for the same arguments; return ours."""
     extra = {"transform": arguments.pop("transform")} if "transform" in arguments else {}
     make = dict(arguments)
-    reference = TorchDataLoader(dataset(), **{k: v() if k == "sampler" else v for k, v in make.items()})
+    reference = TorchDataLoader(
+        dataset(), **{k: v() if k == "sampler" else v for k, v in make.items()}
+    )
     loader = gpupipe.DataLoader(
         dataset(), **{k: v() if k == "sampler" else v for k, v in make.items()}, **extra
     )
@@ -141,7 +143,9 @@ CASES: dict[str, Callable[[], Any]] = {
     ),
     "own getitem": Plain,
     "own getitem v2": lambda: Plain(transform=RGB_V2),
-    "pil prefix": lambda: mnist(transform=T.Compose([T.RandomCrop(8, padding=1), *GREY.transforms])),
+    "pil prefix": lambda: mnist(
+        transform=T.Compose([T.RandomCrop(8, padding=1), *GREY.transforms])
+    ),
     "random before": lambda: Plain(
         transform=v2.Compose([v2.ToImage(), v2.RandomHorizontalFlip(), *RGB_V2.transforms[1:]])
     ),
@@ -160,7 +164,7 @@ def test_batches_equal_torch(name: str, shuffle: bool, drop_last: bool) -> None:
 @pytest.mark.parametrize(
     "sampler",
     [
-        lambda: WeightedRandomSampler(torch.arange(53.0) + 1, 40),
+        lambda: WeightedRandomSampler([float(i) for i in range(1, 54)], 40),
         lambda: RandomSampler(range(53), replacement=True, num_samples=70),
         lambda: iter_twice([5, 4, 52]),
     ],
@@ -208,8 +212,9 @@ def test_tensor_dataset_with_a_v2_transform() -> None:
 def test_a_bare_array_is_a_dataset() -> None:
     """A NumPy array needs no wrapper: its batches are images alone."""
     pixels = np.random.default_rng(0).integers(0, 256, (17, 4, 6, 3), np.uint8)
-    loader = gpupipe.DataLoader(pixels, batch_size=5, transform=RGB)  # type: ignore[arg-type]
-    assert_same(list(loader), list(TorchDataLoader([RGB(x) for x in pixels], batch_size=5)))
+    loader: Any = gpupipe.DataLoader(pixels, batch_size=5, transform=RGB)  # type: ignore[arg-type]
+    done: Any = [RGB(x) for x in pixels]
+    assert_same(list(loader), list(TorchDataLoader(done, batch_size=5)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -228,7 +233,7 @@ def test_dtype_and_memory_format(
 
 
 def test_what_is_not_fused_has_dtype_and_layout_too() -> None:
-    """torch's own path honours ``dtype`` and ``memory_format``, and warns once."""
+    """The path of torch's own honours ``dtype`` and ``memory_format``, and warns once."""
     transform = T.Compose([T.ToTensor(), T.RandomErasing(p=0.0), T.Normalize(MEAN, STD)])
     loader = gpupipe.DataLoader(
         cifar(transform=transform),
@@ -273,9 +278,7 @@ def test_workers_for_datasets_with_their_own_python(workers: int) -> None:
 
 def test_persistent_workers_draw_as_torch_does() -> None:
     """From the second epoch on torch draws no base seed with persistent workers."""
-    assert_like_torch(
-        mnist, batch_size=9, shuffle=True, num_workers=1, persistent_workers=True
-    )
+    assert_like_torch(mnist, batch_size=9, shuffle=True, num_workers=1, persistent_workers=True)
 
 
 class Counting(IterableDataset[Any]):
@@ -304,11 +307,14 @@ def test_return_indices_on_every_route() -> None:
         for batch, indices in loader:
             expected = [dataset[int(i)] for i in indices]
             assert_same(batch, torch.utils.data.default_collate(expected))
-    unfused = cifar(transform=T.Compose([T.ToTensor(), T.RandomErasing(p=0), T.Normalize(MEAN, STD)]))
+    unfused = cifar(
+        transform=T.Compose([T.ToTensor(), T.RandomErasing(p=0), T.Normalize(MEAN, STD)])
+    )
+    loader = gpupipe.DataLoader(unfused, batch_size=6, shuffle=True, return_indices=True)
     with pytest.warns(gpupipe.GpupipeWarning):
-        loader = gpupipe.DataLoader(unfused, batch_size=6, shuffle=True, return_indices=True)
-        for (_, labels), indices in loader:
-            assert labels.tolist() == [unfused.targets[int(i)] for i in indices]
+        batches = list(loader)
+    for (_, labels), indices in batches:
+        assert labels.tolist() == [unfused.targets[int(i)] for i in indices]
 
 
 def test_the_dataset_is_read_again_at_each_epoch() -> None:
@@ -335,9 +341,10 @@ def test_collate_functions() -> None:
         return images * 0.25 + images.flip(0) * 0.75
 
     assert_like_torch(Plain, batch_size=5, collate_fn=stack)
+    loader = gpupipe.DataLoader(Plain(), batch_size=5, collate_fn=mix)
     with pytest.warns(gpupipe.GpupipeWarning, match="mixes"):
-        loader = gpupipe.DataLoader(Plain(), batch_size=5, collate_fn=mix)
-        assert_same(run(loader), run(TorchDataLoader(Plain(), batch_size=5, collate_fn=mix)))
+        mine = run(loader)
+    assert_same(mine, run(TorchDataLoader(Plain(), batch_size=5, collate_fn=mix)))
 
 
 def test_a_sample_that_deviates_is_torchvisions_and_counted() -> None:
@@ -382,7 +389,7 @@ def test_lift_takes_a_torch_loader_whole() -> None:
 
 
 def test_lift_refuses_what_it_would_lose() -> None:
-    """Datasets, subclasses and loaders that are lifted already get an error that says what to do."""
+    """Datasets, subclasses and lifted loaders get an error that says what to do."""
 
     class Special(TorchDataLoader[Any]):
         pass
@@ -407,7 +414,7 @@ def test_set_epoch_reaches_the_sampler() -> None:
         return torch.utils.data.DistributedSampler(range(53), num_replicas=2, rank=1)  # type: ignore[arg-type]
 
     loader = gpupipe.DataLoader(mnist(), batch_size=8, sampler=sampler())
-    theirs = TorchDataLoader(mnist(), batch_size=8, sampler=sampler())
+    theirs: Any = TorchDataLoader(mnist(), batch_size=8, sampler=sampler())
     for epoch in (0, 1, 7):
         loader.set_epoch(epoch)
         theirs.sampler.set_epoch(epoch)

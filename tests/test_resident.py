@@ -61,7 +61,7 @@ def test_batches_equal_torchvision() -> None:
 
 
 def test_a_chunk_is_one_launch_with_outputs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """k batches of one size are one call of the kernel; no two share memory."""
+    """Several batches of one size are one call of the kernel; no two share memory."""
     found, _ = source(1)
     calls = []
     kernel = cpu_ops.normalize

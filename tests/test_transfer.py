@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 make_device = pytest.fixture(simulated_devices)
 source = pytest.fixture(small_source)
 
-SEEDS = range(12)
+SEEDS = range(8)
+MORE_SEEDS = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 32)]
 
 EVEN = [[6] * 3] * 8
 GROWING = [[4], [9], [9], [17], [17], [33], [33], [60], [60], [90], [90]]
@@ -62,7 +63,7 @@ def two_streams(source: Source, device: SimulatedDevice, **options: Any) -> int:
 
 
 @pytest.mark.parametrize("epoch", [even, growing, two_streams])
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [*SEEDS, *MORE_SEEDS])
 def test_no_batch_is_torn(
     make_device: MakeDevice, source: Source, seed: int, epoch: Callable[..., int]
 ) -> None:
