@@ -19,7 +19,7 @@ from gpupipe.devices import CpuDevice, Device
 from gpupipe.errors import DeviceError
 from gpupipe.sources import ArraySource
 from gpupipe.staging import FeedSpec
-from gpupipe.transfer import Batch
+from gpupipe.transfer import Batch, launch_groups
 
 
 class HostImages:
@@ -155,13 +155,13 @@ class ResidentFeed:
                 device.empty((len(rows), *spec.output_shape), spec.lookup.dtype, spec.memory_format)
                 for rows in batches
             ]
-            rows = batches[0] if len(batches) == 1 else np.concatenate(batches)
-            self._images.normalize(rows, outputs, spec)
-            starts = [0, *accumulate(map(len, batches))]
-            columns = [
-                self._images.columns(rows, start)
-                for rows, start in zip(batches, starts, strict=False)
-            ]
+            columns: list[tuple[torch.Tensor, ...]] = []
+            for group in launch_groups(outputs):
+                parts = batches[len(columns) : len(columns) + len(group)]
+                rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+                self._images.normalize(rows, group, spec)
+                starts = [0, *accumulate(map(len, parts))]
+                columns += map(self._images.columns, parts, starts)
         self._done.record(stream)
         self._stream = stream
         self._ready.extend(zip(outputs, columns, strict=True))

@@ -48,10 +48,15 @@ def test_batches_equal_torchvision() -> None:
         for copied in (False, True):
             found, expected = source(parts)
             made = feed(found, copied=copied)
-            batches = [np.array([3, 3, 0]), np.array([10, len(found) - 1, 7]), np.array([1])]
+            batches = [
+                np.array([3, 0]),
+                np.array([10, len(found) - 1, 7]),
+                np.array([1]),
+                np.array([2]),
+            ]
             made.submit(batches[:2])
-            made.submit(batches[2:])
-            assert made.pending == 3
+            made.submit(batches[2:])  # smaller first: two launches
+            assert made.pending == 4
             labels = np.concatenate([part.columns[0] for part in found.parts])
             for rows in batches:
                 images, columns = made.next()

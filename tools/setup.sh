@@ -70,6 +70,7 @@ constraint=()
 [ ! -s "$pinned" ] || constraint=(--constraint "$pinned")
 "$venv/bin/python" -m pip install "${constraint[@]}" -e ".$extra" ||
   fail "pip could not install gpupipe; its message is above, and the same command goes on where it stopped"
+versions=$("$venv/bin/python" -c 'import gpupipe, torch; print("gpupipe", gpupipe.__version__, "with torch", torch.__version__)')
 touch "$venv/ready-demo"
 [ "$purpose" = demo ] || touch "$venv/ready-dev"
-say "ready: $("$venv/bin/python" -c 'import gpupipe, torch; print("gpupipe", gpupipe.__version__, "with torch", torch.__version__)')"
+say "ready: $versions"
