@@ -245,7 +245,7 @@ class Report:
     def values(
         self, title: str, values: dict[str, Sequence[float]], unit: str, most: dict[str, float]
     ) -> None:
-        """Report numbers of which less is better.
+        """Report numbers that are no contest; of those with a goal less is better.
 
         Args:
             title: of the table.

@@ -20,7 +20,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from benchmarks.harness import Contender
+from benchmarks.harness import Contender, Effort, measure
 
 LANES = 16
 """Bytes that one step reads; 64 or 32 bytes are written."""
@@ -131,23 +131,17 @@ def widening(
     ]
 
 
-def memcpy(nbytes: int = 256 << 20) -> Contender:
-    """Return torch's own copy on all threads; an item is a byte that is copied."""
-    source, target = (torch.from_numpy(aligned(nbytes)) for _ in range(2))
-
-    def run() -> tuple[int, None]:
-        target.copy_(source)
-        return nbytes, None
-
-    return Contender("memcpy", run, None, note="torch copy_, bytes copied")
-
-
-def triad(nbytes: int = 128 << 20) -> Contender:
-    """Return STREAM's triad a = b + s c in float32; an item is 12 bytes read or written."""
+def memory_speeds(effort: Effort, nbytes: int = 128 << 20) -> dict[str, list[float]]:
+    """Return GB/s read and written, on all of torch's threads: a copy, and STREAM's triad."""
     a, b, c = (torch.from_numpy(aligned(nbytes)).view(torch.float32) for _ in range(3))
 
-    def run() -> tuple[int, None]:
-        torch.add(b, c, alpha=0.5, out=a)
-        return a.numel(), None
+    def copy() -> tuple[int, None]:
+        a.copy_(b)
+        return 2 * nbytes, None
 
-    return Contender("triad", run, None, note="torch add(alpha), 12 bytes an item")
+    def triad() -> tuple[int, None]:
+        torch.add(b, c, alpha=0.5, out=a)
+        return 3 * nbytes, None
+
+    rates = measure([Contender("copy", copy, None), Contender("triad", triad, None)], effort)
+    return {name: [each / 1e9 for each in every] for name, every in rates.items()}

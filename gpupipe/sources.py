@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -182,16 +181,12 @@ def _open(array: Any, name: str) -> NDArray[Any]:
     if not isinstance(array, (str, PathLike)):
         return np.asanyarray(array)
     try:
-        opened: Any = np.load(array, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, BadZipFile) as error:
+        mapped: NDArray[Any] = np.lib.format.open_memmap(array, mode="r")
+    except (ValueError, EOFError) as error:
         raise SourceError(
             f"{name} must be a whole .npy file of plain numbers, got {array}: {error}; "
             "save it again with np.save"
         ) from error
-    if not isinstance(opened, np.ndarray):
-        opened.close()
-        raise SourceError(f"{name} must be a .npy file, got the archive {array}; save one array")
-    mapped: NDArray[Any] = opened
     return mapped
 
 
@@ -384,10 +379,10 @@ def _resolve(  # one return a refusal
     part = reader(dataset)
     if isinstance(part, str):
         return f"{kind.__name__}: {part}"
-    count, length = len(part.images), len(dataset)
-    if length > count or any(len(column) < count for column in part.columns):
-        return f"{kind.__name__} has fewer images or labels than its length says"
-    return [part], None if length == count else np.arange(length)
+    count = len(part.images)
+    if len(dataset) != count or any(len(column) < count for column in part.columns):
+        return f"{kind.__name__} has another length than its images or labels"
+    return [part], None
 
 
 def _subset(dataset: Subset[Any]) -> tuple[list[Part], NDArray[np.int64] | None] | str:

@@ -122,13 +122,14 @@ def channel_stats(
 
 def _histograms(planes: Planes) -> NDArray[np.int64]:
     """Return how often each value occurs, [C, 256]."""
-    counts = torch.zeros((len(planes), 256), dtype=torch.int64)
-    for plane, row in zip(planes, counts, strict=True):
+    counts = np.zeros((len(planes), 256), np.int64)
+    for channel, plane in enumerate(planes):
         # A copy even if the plane is contiguous: torch warns of read-only memory, such as a memmap.
         flat = torch.from_numpy(np.array(plane, order="C").reshape(-1))
-        for piece in flat.split(PIECE):
-            row += torch.bincount(piece, minlength=256)
-    return counts.numpy()
+        for begin in range(0, len(flat), PIECE):
+            piece = flat[begin : begin + PIECE]
+            counts[channel] += torch.bincount(piece, minlength=256).numpy()
+    return counts
 
 
 def _stats(counts: NDArray[np.int64], images: int) -> ChannelStats:
