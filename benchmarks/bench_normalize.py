@@ -122,7 +122,9 @@ class Contest:
         ]
         if compiled:
             fused = torch.compile(self.plain, dynamic=False)
-            calls.append(("torch.compile", lambda k: fused(self.planes[k]), rounding, "fresh outputs"))
+            calls.append(
+                ("torch.compile", lambda k: fused(self.planes[k]), rounding, "fresh outputs")
+            )
         for name, call, tolerance, note in calls:
             yield self._contender(name, call, tolerance, note)
         yield from limits.widening(self.sets[0], self.dtype.itemsize, self.count)
@@ -165,9 +167,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     arguments = parser.parse_args()
-    report = Report(
-        "How close is the CPU kernel to the memory's limit?", harness.describe("cpu")
-    )
+    report = Report("How close is the CPU kernel to the memory's limit?", harness.describe("cpu"))
     report.begin()
     effort = harness.effort(arguments)
     speeds = limits.memory_speeds(effort)
@@ -197,7 +197,7 @@ def main() -> None:
                 contest.wanted(),
                 effort,
                 item_bytes=pixels / arguments.batch * (1 + DTYPES[dtype].itemsize),
-                limit="limit: same bytes, streaming",
+                limit=limits.LIMITS,
             )
             torch.compiler.reset()
     report.write(arguments.json)

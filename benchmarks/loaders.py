@@ -194,7 +194,11 @@ def ours(work: Work, *, keep: bool = False, cache: Any = None) -> Contender:
         next(iter(current[0]))
 
     name = "gpupipe, every batch kept" if keep else "gpupipe"
-    note = "fresh outputs, memory new to the process" if keep else "fresh outputs, dropped ones recycled"
+    note = (
+        "fresh outputs, memory new to the process"
+        if keep
+        else "fresh outputs, dropped ones recycled"
+    )
     if work.device.type != "cpu":
         note = "fresh outputs" + (", dataset on the device" if cache else "")
     return Contender(

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 
 from gpupipe.batch import Assemble, assembler, move, restyle
 from gpupipe.devices import CpuDevice, Device
-from gpupipe.errors import InputError
+from gpupipe.errors import GpupipeError, InputError
 from gpupipe.images import ImageKind
 from gpupipe.plan import Pipeline, Plan, prove
 from gpupipe.resident import DeviceImages, HostImages, ResidentFeed
@@ -94,6 +94,18 @@ class Batches(EpochBatches):
 
     def __next__(self) -> Any:
         """Return the next batch."""
+        try:
+            return self._advance()
+        except Exception:
+            raise
+        except BaseException as error:  # Ctrl-C anywhere in here: what was done is not known
+            self._error = GpupipeError(
+                f"this iterator was interrupted by {type(error).__name__}; iterate the loader anew"
+            )
+            self._taken.clear()
+            raise
+
+    def _advance(self) -> Any:
         if len(self._sizes) < self._depth and self._error is None:
             self.top_up()
         if not self._taken:

@@ -25,8 +25,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gpupipe.tables import Layout
+from gpupipe.threads import split
 
 Transform = Callable[[Any], Any]
+
+THREAD_BYTES = 1 << 20
+"""A copy of at least this size is shared among threads."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +118,16 @@ class ArraySource:
         self, arrays: Sequence[NDArray[Any]], rows: NDArray[np.int64], out: NDArray[Any]
     ) -> None:
         if len(arrays) == 1:
-            if arrays[0].flags.c_contiguous:
+            array = arrays[0]
+            if not array.flags.c_contiguous:  # take would first copy the whole array
+                out[...] = array[rows]
+                return
+
+            def run(begin: int, end: int) -> None:
                 # "clip" writes into out; "raise" would make a copy. The rows have been checked.
-                np.take(arrays[0], rows, axis=0, out=out, mode="clip")
-            else:  # take would first copy the whole array
-                out[...] = arrays[0][rows]
+                np.take(array, rows[begin:end], axis=0, out=out[begin:end], mode="clip")
+
+            split(run, len(rows), None if out.nbytes >= THREAD_BYTES else 1)
             return
         which = np.searchsorted(self._starts, rows, side="right") - 1
         for number, array in enumerate(arrays):

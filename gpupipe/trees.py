@@ -99,8 +99,7 @@ def fill(tree: Any, path: Path, value: Any, *, copied: bool = False) -> Any:
     inner = fill(get(tree, (key,)), tuple(rest), value, copied=copied)
     if isinstance(tree, tuple):
         items = [inner if position == key else item for position, item in enumerate(tree)]
-        make = getattr(type(tree), "_make", None)  # namedtuples take their fields one by one
-        return make(items) if make is not None else tuple.__new__(type(tree), items)
+        return tuple.__new__(type(tree), items)  # namedtuples too: their own takes single fields
     if copied:
         tree = copy.copy(tree)
     if isinstance(tree, (list, Mapping)):
