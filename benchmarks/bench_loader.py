@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import TensorDataset
+from torchvision import transforms
 
 import gpupipe
 from benchmarks import harness, limits, loaders, material
@@ -169,7 +170,7 @@ class Bench:
         for name, shuffle in (("shuffled epoch", True), ("sequential epoch", False)):
             loader = gpupipe.DataLoader(
                 dataset, OVERHEAD_BATCH, shuffle=shuffle, device=self.device,
-                transform=material.T.ConvertImageDtype(torch.float32),
+                transform=transforms.ConvertImageDtype(torch.float32),
             )  # fmt: skip
             next(iter(loader))
             if not loader.plan.fused:

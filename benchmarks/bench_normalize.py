@@ -9,7 +9,6 @@ holds. The limit is a kernel that moves the same bytes and does nothing else.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import shutil
 from collections.abc import Callable, Iterator

@@ -252,9 +252,9 @@ class Contest:
             names = list(self.contenders)
             rng.shuffle(names)
             for name in names:
-                start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-                end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-                torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call] # noqa: SLF001 # as torch's own benchmarks
+                start = torch.cuda.Event(enable_timing=True)
+                end = torch.cuda.Event(enable_timing=True)
+                torch.cuda._sleep(SLEEP_CYCLES) # noqa: SLF001 # as torch's own benchmarks
                 start.record()
                 for call in range(CALLS):
                     self.contenders[name](call % SETS)

@@ -1,4 +1,4 @@
-"""Print the seconds from the end of the imports to the first batch, as JSON; see ``bench_loader``."""
+"""Print the seconds from the imports' end to the first batch, as JSON; for ``bench_loader``."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ was compared with torchvision's.
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import importlib.metadata
 import json
 import os
@@ -17,7 +17,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Goal:
-    """``contender`` does at least ``ratio`` times the items per second of the fastest of ``over``."""
+    """``contender`` makes at least ``ratio`` times the items/s of the fastest of ``over``."""
 
     contender: str
     over: tuple[str, ...]
@@ -245,7 +245,7 @@ class Report:
             self.tables[-1].setdefault("goals", []).append({**goal, "met": met})
 
     def values(
-        self, title: str, values: dict[str, Sequence[float]], unit: str, most: dict[str, float]
+        self, title: str, values: Mapping[str, Sequence[float]], unit: str, most: dict[str, float]
     ) -> None:
         """Report numbers that are no contest; of those with a goal less is better.
 
@@ -317,7 +317,7 @@ def describe(device: str) -> dict[str, Any]:
     arguments = [Path(a).name if os.sep in a else a for a in sys.argv]
     about = {
         "command": " ".join(arguments),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="minutes"),
         "CPU": _cpu_model(),
         "CPUs for this process": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")

@@ -7,6 +7,7 @@ stores around the cache, on all CPUs; the faster of the two is the limit.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,6 @@ PLAIN, STREAMING = LIMITS = ("limit: same bytes, plain stores", "limit: same byt
 def _step(size: int, streaming: bool) -> Callable[..., Any]:
     """Return the code for one step: load 16 bytes, widen to ``size`` bytes each, store."""
 
-    @intrinsic
     def step(_context: Any, _source: Any, _output: Any) -> Any:
         def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             narrow = ir.VectorType(ir.IntType(8), LANES)
@@ -53,7 +53,7 @@ def _step(size: int, streaming: bool) -> Callable[..., Any]:
 
         return types.void(types.int64, types.int64), codegen
 
-    made: Callable[..., Any] = step
+    made: Callable[..., Any] = intrinsic(step)
     return made
 
 
@@ -96,7 +96,7 @@ def _widening(source: NDArray[np.uint8], output: NDArray[np.uint8], streaming: b
     begin, out = source.ctypes.data, output.ctypes.data
     work = [
         _helpers().submit(kernel, begin + low * LANES, out + low * LANES * size, high - low)
-        for low, high in zip(bounds[:-1], bounds[1:], strict=True)
+        for low, high in itertools.pairwise(bounds)
     ]
     for future in work:
         future.result()

@@ -16,6 +16,8 @@ from benchmarks.harness import Contender
 
 Batches = Iterable[Any]
 
+CPU = torch.device("cpu")
+
 CHECKED = 3
 """Batches of each contender that are compared before it is timed."""
 
@@ -39,7 +41,7 @@ class Work:
     batch: int
     dtype: torch.dtype = torch.float32
     memory_format: torch.memory_format = torch.contiguous_format
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
 
 def consume(batches: Batches, *, keep: bool = False) -> tuple[int, Any]:
@@ -57,12 +59,12 @@ def consume(batches: Batches, *, keep: bool = False) -> tuple[int, Any]:
             kept.append(batch)
         if images.is_cuda:
             event = torch.cuda.Event()
-            event.record()  # type: ignore[no-untyped-call]
+            event.record()
             events.append(event)
             if len(events) > IN_FLIGHT:
-                events.popleft().synchronize()  # type: ignore[no-untyped-call]
+                events.popleft().synchronize()
     for event in events:
-        event.synchronize()  # type: ignore[no-untyped-call]
+        event.synchronize()
     return count, kept
 
 
@@ -153,11 +155,11 @@ def plain_torch(work: Work, form: str) -> Contender:
     def epoch() -> Iterator[Any]:
         for indices in order(len(data)).split(work.batch):
             if copied is not None:
-                copied.synchronize()  # type: ignore[no-untyped-call] # raw is being copied
+                copied.synchronize()  # raw is being copied
             pixels = torch.index_select(data, 0, indices, out=raw[: len(indices)])
             if copied is not None:
                 pixels = pixels.to(work.device, non_blocking=True)
-                copied.record()  # type: ignore[no-untyped-call]
+                copied.record()
             labels = targets[indices]
             yield convert(pixels), labels.to(work.device) if cuda else labels
 

@@ -17,6 +17,7 @@ import gpupipe
 
 
 def main() -> None:
+    """Train, and print the test accuracy after each epoch."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default=os.environ.get("GPUPIPE_DATA", "data"))
     parser.add_argument("--epochs", type=int, default=1)

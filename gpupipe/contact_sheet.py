@@ -60,7 +60,8 @@ def false_colour(image: NDArray[np.float32], most: float) -> Picture:
     share = np.clip(image / most, -1, 1)[..., None]
     cold, warm = np.array([33, 102, 172.0]), np.array([178, 24, 43.0])
     mixed = 255 + np.where(share < 0, -share * (cold - 255), share * (warm - 255))
-    return np.rint(mixed).astype(np.uint8)
+    colours: Picture = np.rint(mixed).astype(np.uint8)
+    return colours
 
 
 def _grid(pictures: Sequence[Picture], names: Sequence[str]) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from gpupipe import contact_sheet, demo_data, demo_race
 from gpupipe._version import __version__
 from gpupipe.demo_data import DemoData
 from gpupipe.demo_race import Contender
-from gpupipe.errors import InputError
+from gpupipe.errors import InputError, VerificationError
 from gpupipe.loader import DataLoader
 from gpupipe.stats import ChannelStats, channel_stats
 from gpupipe.threads import cpu_count
@@ -64,18 +65,31 @@ def run(
     )
     counts = (2_000, 500) if quick else (12_000, 2_000)
     found = demo_data.load(data, lambda text: console.print(f"[yellow]{text}[/]"), counts=counts)
+    _say_if_busy(console)
     console.print(f"data: {found.name}, {len(found.train):,} + {len(found.test):,} images\n")
     stats = _statistics(console, found)
     transform = T.Compose([T.ToTensor(), T.Normalize(_rounded(stats.mean), _rounded(stats.std))])
     found.train.transform = found.test.transform = transform
     proof = _bits(console, found, where)
     racers = _race(console, found, where, quick=quick)
-    accuracy, waited = _train(console, found, where, quick=quick)
+    # More threads than one get in each other's way in a network as small as this.
+    with demo_race.torch_threads(1):
+        accuracy, waited = _train(console, found, where, quick=quick)
     _sheet(found, where, out)
     _results(console, found, stats, proof, racers, accuracy, waited)
     console.print(f"contact sheet: {out}   all of it took {time.perf_counter() - began:.0f} s\n")
     console.print("[bold]Next:[/] two lines in your own script, then [bold]gpupipe explain[/]:")
     console.print("[green]+ import gpupipe\n+ loader = gpupipe.lift(loader)[/]", highlight=False)
+
+
+def _say_if_busy(console: Console) -> None:
+    """Warn that the figures will be noisy."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > cpu_count() / 2:
+        console.print(
+            f"[yellow]Other programs are running (load {load:.1f} on {cpu_count()} CPUs): the "
+            "figures below will be noisy, and torch's with several threads far too low.[/]"
+        )
 
 
 def _rounded(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -117,6 +131,11 @@ def _race(
     rounds = 1 if quick else ROUNDS
     with console.status("3. the same shuffled batches, side by side: checking"):
         demo_race.check(racers)
+    if not racers[-1].same:
+        raise VerificationError(
+            "gpupipe's first shuffled batches differ from the torch loader's with the same seed; "
+            "please report this with your versions"
+        )
     for number in range(rounds):
         for racer in racers:
             with console.status(f"3. round {number + 1} of {rounds}: {racer.name}"):
@@ -215,10 +234,7 @@ def _results(
     base = racers[0].rate
     for racer in racers:
         same = "reference" if racer is racers[0] else "same" if racer.same else "DIFFERENT"
-        ratio = racer.rate / base
-        table.add_row(
-            racer.name, f"{racer.rate:,.0f}", f"{ratio:,.{0 if ratio > 10 else 1}f}x", same
-        )  # noqa: PLR2004, E501
+        table.add_row(racer.name, f"{racer.rate:,.0f}", f"{racer.rate / base:,.1f}x", same)
     console.print()
     console.print(table)
     worst = max(row.different for row in proof.rows)

@@ -37,7 +37,7 @@ _SCALE = 4
 Sayer = Callable[[str], None]
 
 
-class DrawnGarments(datasets.MNIST):
+class DrawnGarments(datasets.MNIST):  # type: ignore[misc] # torchvision has no types
     """Ten kinds of garments drawn by ``draw``, in the layout of torchvision's MNIST files."""
 
     classes = datasets.FashionMNIST.classes
@@ -224,7 +224,7 @@ def draw(count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     labels = rng.integers(0, len(_GARMENTS), count).astype(np.uint8)
     images = np.empty((count, _SIZE, _SIZE), np.uint8)
     for image, label in zip(images, labels, strict=True):
-        image[...] = _garment(rng, _GARMENTS[label])
+        image[...] = np.asarray(_garment(rng, _GARMENTS[label]))
     shade = rng.normal(1.0, 0.15, images.shape)
     return np.clip(images * shade, 0, 255).astype(np.uint8), labels
 

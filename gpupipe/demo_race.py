@@ -41,6 +41,7 @@ class Contender:
         begin: takes a seed and begins an epoch.
         warm: batches that are taken before the clock starts; None: whole epochs are timed.
         timed: batches that are timed; None: to the end of the epoch.
+        threads: of torch; None: as they are.
         same: whether its first batches have torchvision's bits; None: not looked at yet.
         rates: images/s of each turn.
     """
@@ -49,6 +50,7 @@ class Contender:
     begin: Callable[[int], Batches]
     warm: int = 0
     timed: int | None = None
+    threads: int | None = None
     same: bool | None = None
     rates: list[float] = field(default_factory=list)
 
@@ -59,7 +61,7 @@ class Contender:
 
 
 def contenders(dataset: Any, device: torch.device, *, quick: bool) -> list[Contender]:
-    """Return the tutorial's loader with 0 and 2 workers, plain torch, and gpupipe.
+    """Return the tutorial's loader with 0 and 2 workers, plain torch ops, and gpupipe.
 
     Args:
         dataset: of torchvision's MNIST family, with ``Compose([ToTensor(), Normalize(...)])``.
@@ -92,7 +94,8 @@ def contenders(dataset: Any, device: torch.device, *, quick: bool) -> list[Conte
     return [
         Contender("torchvision, 0 workers", tutorial(0), warm=1, timed=few),
         Contender("torchvision, 2 workers", tutorial(2), warm=4, timed=2 * few),
-        Contender("plain torch batch ops", plain),
+        Contender("plain torch ops", plain),
+        Contender("plain torch ops, 1 thread", plain, threads=1),
         Contender("gpupipe", ours),
     ]
 
@@ -117,7 +120,7 @@ def _plain(
     raw = torch.empty((BATCH, *images.shape[1:]), dtype=torch.uint8)
     raw = raw.pin_memory() if device.type == "cuda" else raw
     buffer = torch.empty((BATCH, 1, *images.shape[1:]), device=device)
-    for chosen in order.split(BATCH):
+    for chosen in torch.split(order, BATCH):
         out = buffer[: len(chosen)]
         gathered = raw[: len(chosen)]
         torch.index_select(images, 0, chosen, out=gathered)
@@ -160,7 +163,7 @@ def turn(racer: Contender, seed: int, device: torch.device) -> None:
 @contextmanager
 def _running(racer: Contender, seed: int) -> Iterator[Batches]:
     """Begin an epoch, and end it however far it came."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch_threads(racer.threads):
         warnings.simplefilter("ignore")  # of few CPUs and of forking beside threads
         batches = racer.begin(seed)
         try:
@@ -169,6 +172,17 @@ def _running(racer: Contender, seed: int) -> Iterator[Batches]:
             close = getattr(batches, "close", None)  # a generator's: its workers end
             if close is not None:
                 close()
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Let torch compute with ``count`` threads meanwhile; None: with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -156,7 +156,7 @@ class CudaDevice:
 
     def new_stream(self) -> torch.cuda.Stream:
         """See ``Device``."""
-        return torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        return torch.cuda.Stream(self.torch_device)
 
     def current_stream(self) -> torch.cuda.Stream:
         """See ``Device``."""
@@ -164,7 +164,7 @@ class CudaDevice:
 
     def new_event(self) -> torch.cuda.Event:
         """See ``Device``; a host that waits sleeps, it does not spin beside the training loop."""
-        return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        return torch.cuda.Event(blocking=True)
 
     def is_capturing(self) -> bool:
         """See ``Device``."""

@@ -60,7 +60,8 @@ def _module(where: str) -> ModuleType:
         known = False
     if not known:
         raise InputError(f"there is no module {where!r}; of a file, say path/to/file.py:NAME")
-    return _run(where, lambda: importlib.import_module(where))
+    module: ModuleType = _run(where, lambda: importlib.import_module(where))
+    return module
 
 
 def _file(where: str, here: str) -> ModuleType:

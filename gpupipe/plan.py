@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gpupipe.operators import pointwise
-from gpupipe.operators.pointwise import Refusal
+from gpupipe.operators.pointwise import LEVELS, Refusal
 from gpupipe.tables import Layout, Lookup
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 Where = Literal["fused", "cpu", "refused"]
 
 _PROOF_SIZES = ((7, 5), (3, 16), (1, 1), (19, 21))
-"""Heights and widths of the images that prove a kernel: below, at and beyond a vector."""
+"""Heights and widths of the images that prove a kernel: below, at and beyond a vector.
+
+The largest holds all levels."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ class Pipeline:
         first = next((o for o in self.operators if pointwise.takes_uint8(o.call)), None)
         others = [o for o in self.operators if not pointwise.is_pointwise(o.call)]
         if first is None or not others:
-            return f"no operator such as ToTensor begins from raw pixels; got {self.operators[0].name}"
+            return (
+                f"no operator such as ToTensor begins from raw pixels; got {self.operators[0].name}"
+            )
         return (
             f"{others[-1].name} works on what {first.name} made, and has no kernel yet; "
             "if it takes raw images too, move it before"
@@ -230,7 +234,10 @@ def _agrees(  # prove's own, and a size
     size: tuple[int, int],
 ) -> bool:
     rng = np.random.default_rng(size[0])
-    pixels = rng.integers(0, 256, (3, *size, kind.channels), np.uint8)
+    pixels = rng.integers(0, LEVELS, (3, *size, kind.channels), np.uint8)
+    if size[0] * size[1] >= LEVELS:  # every entry of the table
+        for channel in range(kind.channels):
+            pixels.reshape(3, -1, kind.channels)[:, :LEVELS, channel] = rng.permutation(LEVELS)
     raw = pixels
     if layout == "NHW":
         raw = pixels[..., 0]

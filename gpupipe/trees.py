@@ -99,7 +99,8 @@ def fill(tree: Any, path: Path, value: Any, *, copied: bool = False) -> Any:
     inner = fill(get(tree, (key,)), tuple(rest), value, copied=copied)
     if isinstance(tree, tuple):
         items = [inner if position == key else item for position, item in enumerate(tree)]
-        return tuple.__new__(type(tree), items)  # namedtuples too: their own takes single fields
+        make: Any = tuple.__new__  # a namedtuple's own takes the fields one by one
+        return make(type(tree), items)
     if copied:
         tree = copy.copy(tree)
     if isinstance(tree, (list, Mapping)):

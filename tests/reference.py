@@ -1,4 +1,4 @@
-"""The oracle: torchvision, sample by sample, and torch's own collate. Nothing of ours is in here."""
+"""The oracle: torchvision, sample by sample, and torch's own collate; nothing of ours."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def pil(pixels: NDArray[np.uint8]) -> Image.Image:
     """Return pixels [H, W, C] as a PIL image, C of 1 to 4."""
     height, width, channels = pixels.shape
-    return Image.frombytes(_MODES[channels], (width, height), np.ascontiguousarray(pixels).tobytes())
+    return Image.frombytes(
+        _MODES[channels], (width, height), np.ascontiguousarray(pixels).tobytes()
+    )
 
 
 def tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:

@@ -69,7 +69,7 @@ def levels(count: int, height: int, width: int, channels: int, seed: int = 0) ->
 
 @st.composite
 def raw_batches(draw: st.DrawFn, max_side: int = 37) -> RawBatch:
-    """Draw images with H != W mostly, 1 to 5 channels, any layout and address, rows with repeats."""
+    """Draw images mostly with H != W, 1 to 5 channels, any layout and address, repeated rows."""
     channels = draw(st.integers(1, 5))
     layout: Layout = draw(st.sampled_from(("NHWC", "NCHW") + ("NHW",) * (channels == 1)))
     height, width = draw(st.integers(1, max_side)), draw(st.integers(1, max_side))

@@ -123,9 +123,9 @@ def test_launches_on_the_current_stream() -> None:
     output = torch.empty(expected.shape, device="cuda")
     cuda_ops.normalize(late, None, [output], lookup, layout="NHWC")  # compiled, table copied
     torch.cuda.synchronize()
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(200_000_000)
         late.copy_(images)
         cuda_ops.normalize(late, None, [output], lookup, layout="NHWC")
     assert not side.query(), "the launch waited for the device"

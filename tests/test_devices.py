@@ -204,7 +204,7 @@ def test_cuda_batches_are_whole(index: int, layout: Layout, threaded: bool) -> N
     for step, rows in enumerate(rows for chunk in chunks for rows in chunk):
         with torch.cuda.stream(streams[step % 2]):
             images, columns = feed.next()
-            torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(2_000_000)
             seen.append((rows, [tensor.clone() for tensor in (images, *columns)]))
             del images, columns
     torch.cuda.synchronize(index)

@@ -111,7 +111,7 @@ def test_all_levels_have_torchvisions_bits(
     expected = reference.images(standard(channels), pixels, dtype, reference.tensor)
     rows = np.array([3, 0, 0, 2, 1, 3], np.int64)
     for poison in (0x00, 0xFF):
-        options = {"memory_format": memory_format, "poison": poison}
+        options: dict[str, Any] = {"memory_format": memory_format, "poison": poison}
         every = render(images, None, lookup, layout, tuple(expected.shape), **options)
         reference.assert_same_bits(every, expected)
         shape = (len(rows), *expected.shape[1:])
@@ -165,7 +165,9 @@ def test_any_batch_any_pipeline(data: st.DataObject, batch: strategies.RawBatch)
     reference.assert_same_bits(ours, expected)
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 1000), (1000, 1), (3, 5), (4, 4), (16, 1)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (1, 1000), (1000, 1), (3, 5), (4, 4), (16, 1)]
+)
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_extreme_sizes(height: int, width: int, channels: int) -> None:
     """One pixel, one row, one column; fewer pixels than a vector and exactly one."""
@@ -291,7 +293,7 @@ def test_no_streaming_to_unaligned_outputs(
     assert streaming == [False, False]
 
 
-def test_large_outputs_stream_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_outputs_stream_by_themselves() -> None:
     """The limit counts the bytes of one call, all outputs together."""
     assert cpu_ops._streams(16, np.array([64, 128]), cpu_ops.STREAMING_BYTES + 1)
     assert not cpu_ops._streams(16, np.array([64, 128]), cpu_ops.STREAMING_BYTES)

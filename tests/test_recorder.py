@@ -24,6 +24,7 @@ from gpupipe import trees
 from gpupipe.fetching import HOLE, LiftedFetcher
 from gpupipe.places import Place, places
 from gpupipe.recorder import Recorder, Session
+from gpupipe.rng import RngState
 from gpupipe.sentinel import Call, Sentinel
 
 if TYPE_CHECKING:
@@ -508,3 +509,24 @@ def test_threads_do_not_mix_samples() -> None:
         thread.join()
     assert not wrong
     assert fetch.deviations == 0
+
+
+def test_generator_states_are_taken_afresh() -> None:
+    """NumPy's state is never an old one, also where a normal deviate is held back or used up."""
+    np.random.seed(1)  # noqa: NPY002 # the global generator is the subject
+    draws: list[Callable[[], Any]] = [
+        np.random.rand, np.random.randn, np.random.randn, np.random.randn, lambda: None,
+        np.random.randn, lambda: np.random.seed(1), lambda: None,  # noqa: NPY002
+    ]  # fmt: skip
+    for draw in draws:
+        draw()
+        state = RngState.now()
+        own = np.random.get_state(), random.random(), torch.rand(2)  # noqa: NPY002, S311
+        deviates = np.random.randn(3)  # noqa: NPY002
+        state.restore()
+        for mine, theirs in zip(np.random.get_state(), own[0], strict=True):  # noqa: NPY002
+            assert np.array_equal(mine, theirs)
+        assert random.random() == own[1]  # noqa: S311
+        assert torch.equal(torch.rand(2), own[2])
+        assert np.array_equal(np.random.randn(3), deviates)  # noqa: NPY002
+        state.restore()

@@ -11,7 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
+from torch.utils.data import (
+    ConcatDataset,
+    Dataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+    random_split,
+)
 from torchvision import datasets, tv_tensors
 
 from gpupipe.errors import IndexRangeError, SourceError
@@ -39,7 +46,7 @@ def labels(count: int = COUNT, seed: int = 1) -> NDArray[np.int64]:
 
 def without_files(kind: type, **attributes: Any) -> Any:
     """Build a dataset of torchvision's as its constructor leaves it, without its files."""
-    dataset = object.__new__(kind)
+    dataset: Any = object.__new__(kind)
     for name, value in ({"transform": None, "target_transform": None} | attributes).items():
         setattr(dataset, name, value)
     return dataset
@@ -173,7 +180,7 @@ def assert_reads_as_samples(dataset: Any, indices: list[int] | None = None) -> A
     for number in range(len(source.first.columns)):
         ours = torch.from_numpy(source.read_column(number, rows))
         if indices:
-            collated = reference.default_collate([part[1 + number] for part in parts])
+            collated = default_collate([part[1 + number] for part in parts])
             reference.assert_same_bits(ours, collated)
     if source.first.label is not None:
         for ours, part in zip(source.targets(np.array(indices, np.int64)), parts, strict=True):
@@ -233,7 +240,7 @@ def test_cifar_as_it_is_loaded_can_be_read_in_place() -> None:
 
 def test_parts_of_different_layouts() -> None:
     """Loaded CIFAR beside edited CIFAR: one view, one contiguous array."""
-    both = ConcatDataset([cifar(), cifar(data=pixels(COUNT, HEIGHT, WIDTH, 3, seed=5))])
+    both: Any = ConcatDataset([cifar(), cifar(data=pixels(COUNT, HEIGHT, WIDTH, 3, seed=5))])
     assert_reads_as_samples(both)
 
 
@@ -343,7 +350,7 @@ def test_target_transform(name: str) -> None:
 
     dataset = MAKE[name]()
     dataset.target_transform = transform
-    both = ConcatDataset([dataset, Subset(dataset, [4, 1])])
+    both: Any = ConcatDataset([dataset, Subset(dataset, [4, 1])])
     indices = [0, 12, 3, 11, 11]
     ours = array_source(both).targets(np.array(indices))
     got, seen = seen, []
@@ -359,7 +366,7 @@ def test_target_transform_of_replaced_labels(replaced: Any) -> None:
     assert array_source(dataset).targets(np.arange(3)) == [dataset[i][1] for i in range(3)]
 
 
-def overriding(base: type) -> list[type]:
+def overriding(base: Any) -> list[type]:
     """Subclasses that do something else at an index."""
 
     def item(self: Any, index: int) -> Any:
@@ -417,7 +424,8 @@ def test_an_overridden_length() -> None:
     for length in (4, COUNT + 1):
         dataset = mnist()
         dataset.__class__ = type("Other", (datasets.MNIST,), {"__len__": lambda _, n=length: n})
-        for wrapped in (dataset, Subset(dataset, [-1]), ConcatDataset([mnist(), dataset])):
+        both: Any = ConcatDataset([mnist(), dataset])
+        for wrapped in (dataset, Subset(dataset, [-1]), both):
             assert "another length" in reason(wrapped)
 
 
@@ -453,7 +461,8 @@ def test_data_that_is_no_uint8_image() -> None:
     assert "9, 7, 4" in reason(cifar(data=pixels(COUNT, 9, 7, 4)))
     assert "float32" in reason(TensorDataset(torch.rand(COUNT, 3, 9, 7)))
     assert "(11, 9)" in reason(TensorDataset(torch.zeros(COUNT, 9, dtype=torch.uint8)))
-    for images in (np.zeros((3, 9, 7, 3), np.float32), pixels(9, 7), pixels(1, 2, 3, 4, 5)):
+    wrong: list[Any] = [np.zeros((3, 9, 7, 3), np.float32), pixels(9, 7), pixels(1, 2, 3, 4, 5)]
+    for images in wrong:
         with pytest.raises(SourceError, match=r"images must be uint8 \[N, H, W, C\]"):
             ArrayDataset(images)
         with pytest.raises(SourceError, match=r"dataset must be uint8 \[N, H, W, C\]"):
