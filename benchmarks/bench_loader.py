@@ -177,7 +177,10 @@ class Bench:
                 raise SystemExit(f"nothing was fused:\n{loader.plan}")
             for _ in range(self.effort.rounds + 1):
                 wall, mine = time.perf_counter(), time.thread_time()
-                loaders.consume(loader)
+                for _batch in loader:
+                    pass
+                if self.cuda:
+                    torch.cuda.synchronize(self.device)
                 batches = count // OVERHEAD_BATCH / 1e6
                 wall, mine = time.perf_counter() - wall, time.thread_time() - mine
                 values.setdefault(f"{name}, wall clock", []).append(wall / batches)
@@ -268,7 +271,7 @@ def resident_torch(work: Work) -> Contender:
         "plain torch on the device",
         lambda: loaders.consume(epoch()),
         lambda: loaders.first(epoch),
-        tolerance=1e-6,
+        tolerance=loaders.ROUNDING[work.dtype],
         note="dataset on the device",
     )
 

@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 import gpupipe
 from benchmarks import harness, limits, material
 from benchmarks.harness import Contender, Report
+from benchmarks.loaders import ROUNDING
 
 MEAN = (0.485, 0.456, 0.406, 0.5)
 STD = (0.229, 0.224, 0.225, 0.25)
@@ -32,9 +33,6 @@ BEYOND_CACHE = 4
 
 CHECKED = 4
 """Images of a batch that are compared with torchvision's."""
-
-TOLERANCES = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}
-"""What a contender that rounds otherwise may differ by: the last places of values up to 4."""
 
 
 class Contest:
@@ -111,7 +109,7 @@ class Contest:
 
     def contenders(self, *, compiled: bool) -> Iterator[Contender]:
         """List the contenders, torch's own operators first, the limits last."""
-        rounding, same = TOLERANCES[self.dtype], 0.0
+        rounding, same = ROUNDING[self.dtype], 0.0
         calls: list[tuple[str, Callable[[int], torch.Tensor], float, str]] = [
             ("torch ops", lambda k: self.plain(self.planes[k]), same, "fresh outputs"),
             ("torch ops in place", self.in_place, same, "into outputs that are there"),

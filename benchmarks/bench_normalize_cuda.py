@@ -254,7 +254,7 @@ class Contest:
             for name in names:
                 start = torch.cuda.Event(enable_timing=True)
                 end = torch.cuda.Event(enable_timing=True)
-                torch.cuda._sleep(SLEEP_CYCLES) # noqa: SLF001 # as torch's own benchmarks
+                torch.cuda._sleep(SLEEP_CYCLES)  # noqa: SLF001 # as torch's own benchmarks
                 start.record()
                 for call in range(CALLS):
                     self.contenders[name](call % SETS)

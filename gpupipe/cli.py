@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,10 +57,32 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: default: ``sys.argv[1:]``.
     """
     try:
-        app(arguments, prog_name="gpupipe")
+        with _kind_warnings():
+            app(arguments, prog_name="gpupipe")
     except GpupipeError as error:
         Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)))
         sys.exit(2)
+
+
+@contextmanager
+def _kind_warnings() -> Iterator[None]:
+    """Print gpupipe's own warnings as one line each, without the place in its source."""
+    console = Console(stderr=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", GpupipeWarning)
+        # verify and explain say so themselves, with the reason.
+        warnings.filterwarnings("ignore", "nothing was fused", GpupipeWarning)
+        usual, said = warnings.showwarning, set[str]()
+
+        def show_warning(message: Warning | str, *rest: Any) -> None:
+            if not isinstance(message, GpupipeWarning):
+                usual(message, *rest)
+            elif str(message) not in said:
+                said.add(str(message))
+                console.print(Text.assemble(("warning: ", "bold yellow"), str(message)))
+
+        warnings.showwarning = show_warning
+        yield
 
 
 def _version(wanted: bool) -> None:
@@ -170,9 +194,7 @@ def verify(
     """Compare batches with torchvision's own, bit by bit; exit code 1 if one bit differs."""
     console = Console()
     loader = _loader(target)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", GpupipeWarning)  # the line below the table says it
-        result = compare(loader, samples=samples, seed=seed)
+    result = compare(loader, samples=samples, seed=seed)
     table = Table("item", "dtype", "shape", "samples", "differ", "largest difference")
     for row in result.rows:
         cells = (row.path, row.dtype, str(row.shape), str(row.samples), str(row.different))

@@ -76,11 +76,7 @@ def _file(where: str, here: str) -> ModuleType:
         raise InputError(f"{where} is no Python file; expected one")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # so that its classes can be pickled for worker processes
-    arguments, sys.argv = sys.argv, [where]  # ours are not the script's
-    try:
-        _run(where, lambda: loader.exec_module(module))
-    finally:
-        sys.argv = arguments
+    _run(where, lambda: loader.exec_module(module))
     return module
 
 
@@ -90,6 +86,7 @@ def _add_paths(*folders: str) -> None:
 
 def _run(what: str, code: Callable[[], Any]) -> Any:
     """Run the user's code; what it raises becomes one message with its line."""
+    arguments, sys.argv = sys.argv, [what.partition(":")[0]]  # ours are not the script's
     try:
         return code()
     except GpupipeError:
@@ -105,6 +102,8 @@ def _run(what: str, code: Callable[[], Any]) -> Any:
             f"{what} raised {type(error).__name__}: {error} ({last.filename}, line {last.lineno}); "
             "it must run without that first"
         ) from error
+    finally:
+        sys.argv = arguments
 
 
 def _needs_nothing(call: Callable[..., Any]) -> bool:

@@ -64,6 +64,16 @@ def test_bench_loader_reports_every_workload(tmp_path: Path) -> None:
     assert any("goals" in table for table in report["tables"])
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_bench_loader_runs_on_a_gpu(tmp_path: Path) -> None:
+    """The bus, the host's gather and the cached dataset are measured too."""
+    report = run("bench_loader", tmp_path, "--device", "cuda", "--images", "40")
+    names = {row.get("contender") for table in report["tables"] for row in table["rows"]}
+    assert {"gpupipe", "pinned copy", "gather by torch", "plain torch on the device"} <= names
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

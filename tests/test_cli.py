@@ -48,7 +48,8 @@ TRAIN = """
     part = DataLoader(Own(T.Compose([T.ToPILImage(), T.RandomVerticalFlip(), *fused.transforms])))
     custom = DataLoader(Own(T.Compose([T.ToTensor(), Shouted(0.5, 0.25), lambda x: x])))
     sly = DataLoader(Own(T.Compose([T.ToTensor(), Sly()])), batch_size=8)
-    wrong = DataLoader(Own(T.Compose([T.ToTensor(), T.Normalize(128.0, 64.0)])))
+    wrong = DataLoader(Own(T.Compose([T.ToTensor(), T.Normalize(0.5, 0.0)])))
+    unscaled = DataLoader(Own(T.Compose([T.ToTensor(), T.Normalize(128.0, 64.0)])))
     number = 3
 
     def make_loader():
@@ -139,6 +140,16 @@ def test_explain_says_why_not(command: Command) -> None:
     assert "not lifted: " in out
 
 
+def test_warnings_are_one_line(command: Command) -> None:
+    """A warning is told once, without the place in our source that gave it."""
+    code, out, errors = command("explain", "train.py:unscaled")
+    assert code == 0
+    assert "fused" in out
+    assert errors.startswith("warning: Normalize(")
+    assert errors.count("a mean on the scale 0..255") == 1
+    assert ".py" not in errors
+
+
 def test_verify(command: Command) -> None:
     """Equal bits end with 0, other bits with 1."""
     code, out, errors = command("verify", "train.py:loader", "--samples", "17")
@@ -179,7 +190,7 @@ ERRORS = {
     ("explain", "train.py:with_argument"): "needs arguments",
     ("explain", "train.py:broken"): "FileNotFoundError: no such folder: /data",
     ("explain", "plain.py:loader"): "ended itself with exit code 3",
-    ("explain", "train.py:wrong"): "scale",
+    ("explain", "train.py:wrong"): "std",
     ("verify", "train.py:loader", "--samples", "0"): "samples must be 1 or more",
     ("stats", "gone.npy"): "there is no file gone.npy",
     ("stats", "fashion-mnist", "--data", "."): "--data must be the folder",

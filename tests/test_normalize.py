@@ -239,6 +239,22 @@ def test_what_has_no_arithmetic_form_is_looked_up(kind: str) -> None:
         reference.assert_same_bits(ours, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_ties_round_to_even(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Values half-way between two of the output type, and just below: as torch rounds them."""
+    step = 0.5 if dtype is torch.bfloat16 else 0.0625  # half the spacing from 128 to 256
+    means = [-step, -step * (1 - 2**-15), -step * (1 + 2**-14)]
+    transform = v2.Compose([v2.ToDtype(torch.float32), v2.Normalize(means, [1.0])])
+    pixels = levels(2, 19, 27, 3)
+    lookup = lookup_of(transform, 3, dtype)
+    assert lookup.constants is not None
+    expected = reference.images(transform, pixels, dtype, reference.tensor)
+    shape = tuple(expected.shape)
+    ours = render(raw(pixels, "NHWC"), None, lookup, "NHWC", shape, memory_format=memory_format)
+    reference.assert_same_bits(ours, expected)
+
+
 @pytest.fixture
 def streaming(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Small outputs count as large; which kernels were chosen is recorded."""

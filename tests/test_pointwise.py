@@ -231,6 +231,8 @@ NOT_POINTWISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "noisy": _noise,
     "by place": _place,
     "summed": lambda image: image.cumsum(-1),
+    "sorted, as the levels are": lambda image: image.sort(-1).values,
+    "running maximum": lambda image: image.cummax(-1).values,
     "constant but for large images": lambda image: image if image.shape[-1] < 31 else image * 2,
 }
 
@@ -379,6 +381,22 @@ def test_the_proof_accepts_what_is_right(layout: Layout, dtype: torch.dtype | No
         pipeline = cut(transform)
         lookup = specify(pipeline, RGB, dtype)
         assert prove(pipeline, lookup, RGB, layout, on_cpu(RGB, layout)) is lookup
+
+
+@pytest.mark.parametrize("kind", [L, RGB])
+def test_the_proof_looks_at_every_entry(kind: ImageKind) -> None:
+    """All 256 levels of every channel are in the images that prove a kernel."""
+    pipeline = cut(v1.Compose([v1.ToTensor()]))
+    seen = np.zeros((kind.channels, 256), bool)
+    own = on_cpu(kind, kind.layout)
+
+    def render(raw: NDArray[np.uint8], lookup: Lookup) -> torch.Tensor:
+        for channel in range(kind.channels):
+            seen[channel, raw.reshape(-1, kind.channels)[:, channel]] = True
+        return own(raw, lookup)
+
+    assert prove(pipeline, specify(pipeline, kind), kind, kind.layout, render) is not None
+    assert seen.all()
 
 
 @settings(deadline=None, max_examples=60)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -96,13 +96,13 @@ def test_an_interrupt_waits_for_the_helpers() -> None:
     def run(_begin: int, _end: int) -> None:
         if threading.get_ident() == caller:
             assert started.wait(30)
-            _thread.interrupt_main()
+            signal.pthread_kill(caller, signal.SIGINT)
             time.sleep(5)  # the interrupt ends it
             return
         running.set()
         started.set()
         time.sleep(0.1)
-        _thread.interrupt_main()  # the caller waits for this helper now
+        signal.pthread_kill(caller, signal.SIGINT)  # the caller waits for this helper now
         time.sleep(0.3)
         running.clear()
 
@@ -131,7 +131,8 @@ for _ in range(10):
     if not child:
         seen = []
         threads.split(lambda begin, end: seen.append(threading.get_ident()), 64, 64)
-        threads.split(lambda begin, end: time.sleep(0.01), 4, 2)
+        meeting = threading.Barrier(2, timeout=30)
+        threads.split(lambda begin, end: meeting.wait(), 2, 2)
         os._exit(0 if len(seen) == 64 else 1)
     assert os.waitpid(child, 0)[1] == 0
 busy.join()
