@@ -74,14 +74,16 @@ def _kind_warnings() -> Iterator[None]:
         warnings.filterwarnings("ignore", "nothing was fused", GpupipeWarning)
         usual, said = warnings.showwarning, set[str]()
 
-        def show_warning(message: Warning | str, *rest: Any) -> None:
+        def show_warning(
+            message: Warning | str, category: type[Warning], *place: Any, **more: Any
+        ) -> None:
             if not isinstance(message, GpupipeWarning):
-                usual(message, *rest)
+                usual(message, category, *place, **more)
             elif str(message) not in said:
                 said.add(str(message))
                 console.print(Text.assemble(("warning: ", "bold yellow"), str(message)))
 
-        warnings.showwarning = show_warning
+        warnings.showwarning = show_warning  # restored by catch_warnings
         yield
 
 

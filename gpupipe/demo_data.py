@@ -225,7 +225,7 @@ def draw(count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     images = np.empty((count, _SIZE, _SIZE), np.uint8)
     for image, label in zip(images, labels, strict=True):
         image[...] = np.asarray(_garment(rng, _GARMENTS[label]))
-    shade = rng.normal(1.0, 0.15, images.shape)
+    shade = rng.normal(1.0, 0.3, images.shape)
     return np.clip(images * shade, 0, 255).astype(np.uint8), labels
 
 
@@ -236,9 +236,9 @@ def _garment(rng: np.random.Generator, polygons: tuple[Any, ...]) -> Image.Image
     pen = ImageDraw.Draw(canvas)
     bright = rng.integers(90, 256)
     size = side / 100 * rng.uniform(0.75, 1.0, 2)
-    shift = (side - 100 * size) / 2 + rng.uniform(-5, 5, 2)
+    shift = (side - 100 * size) / 2 + rng.uniform(-12, 12, 2)
     for polygon in polygons:
-        points = np.array(polygon) * size + shift + rng.normal(0, 2, (len(polygon), 2))
+        points = np.array(polygon) * size + shift + rng.normal(0, 5, (len(polygon), 2))
         pen.polygon([(float(x), float(y)) for x, y in points], fill=int(bright))
     return canvas.resize((_SIZE, _SIZE), Image.Resampling.BOX)
 

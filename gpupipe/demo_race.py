@@ -69,6 +69,7 @@ def contenders(dataset: Any, device: torch.device, *, quick: bool) -> list[Conte
         quick: time fewer batches of the slow ones.
     """
     few = 3 if quick else 12
+    spare = (len(dataset) - 1) // BATCH  # of a tiny dataset one batch is left to be timed
     normalize = dataset.transform.transforms[-1]
 
     def tutorial(workers: int) -> Callable[[int], Batches]:
@@ -92,8 +93,8 @@ def contenders(dataset: Any, device: torch.device, *, quick: bool) -> list[Conte
 
     # What workers have made before the clock starts must not count: their queue is 4 batches long.
     return [
-        Contender("torchvision, 0 workers", tutorial(0), warm=1, timed=few),
-        Contender("torchvision, 2 workers", tutorial(2), warm=4, timed=2 * few),
+        Contender("torchvision, 0 workers", tutorial(0), warm=min(1, spare), timed=few),
+        Contender("torchvision, 2 workers", tutorial(2), warm=min(4, spare), timed=2 * few),
         Contender("plain torch ops", plain),
         Contender("plain torch ops, 1 thread", plain, threads=1),
         Contender("gpupipe", ours),
@@ -145,7 +146,7 @@ def check(racers: list[Contender], seed: int = 0) -> None:
 def turn(racer: Contender, seed: int, device: torch.device) -> None:
     """Time one turn: ``timed`` batches, or whole epochs from ``iter()`` on."""
     images, seconds = 0, 0.0
-    while seconds < SHORTEST:
+    while not images or (racer.timed is None and seconds < SHORTEST):
         start = time.perf_counter()
         with _running(racer, seed) as batches:
             if racer.timed is not None:

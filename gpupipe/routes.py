@@ -29,7 +29,7 @@ from gpupipe.staging import Column, FeedSpec
 from gpupipe.tables import Layout, Lookup
 from gpupipe.transfer import Batch, StagedFeed
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 16 << 20
 """Outputs that one launch makes at most, of several batches."""
 
 MAX_CHUNK = 32
@@ -161,9 +161,9 @@ def feed_spec(
 ) -> FeedSpec:
     """Describe a sample; the output's shape is what the user's transform gives one image."""
     sizes = dict(zip(layout[1:], image_shape, strict=True))
-    blank = np.zeros((sizes["H"], sizes["W"], kind.channels), np.uint8)
-    output_shape = tuple(pipeline.suffix(kind.build(blank)).shape)
-    flat = len(output_shape) != 3  # noqa: PLR2004 # [H, W] cannot be channels_last
+    tiny = pipeline.suffix(kind.build(np.zeros((2, 3, kind.channels), np.uint8)))
+    flat = tiny.ndim == 2  # noqa: PLR2004 # [H, W] in, [H, W] out; it cannot be channels_last
+    output_shape = (sizes["H"], sizes["W"]) if flat else (len(tiny), sizes["H"], sizes["W"])
     return FeedSpec(
         image_shape,
         layout,

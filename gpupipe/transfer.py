@@ -375,10 +375,11 @@ class StagedFeed:
 def launch_groups(outputs: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Split into runs that one launch can write: all of one size, the last at most that."""
     groups: list[list[torch.Tensor]] = []
-    for output in outputs:
-        run = groups[-1] if groups else []
-        if run and len(run[-1]) == len(run[0]) >= len(output):
-            run.append(output)
+    sizes = [output.shape[0] for output in outputs]
+    for position, (output, size) in enumerate(zip(outputs, sizes, strict=True)):
+        first = position - len(groups[-1]) if groups else 0
+        if groups and sizes[position - 1] == sizes[first] >= size:
+            groups[-1].append(output)
         else:
             groups.append([output])
     return groups

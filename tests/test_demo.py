@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 from torch.nn import functional
 from torchvision import datasets
+from torchvision import transforms as T  # noqa: N812 # as everyone writes it
 
 import gpupipe
 from gpupipe import contact_sheet, demo, demo_data, demo_race
@@ -103,7 +104,7 @@ IMAGES = 16 + 300 * 28 * 28
 @pytest.mark.parametrize(
     ("name", "keep", "expected"),
     [
-        ("train-images-idx3-ubyte", 5_000, f"truncated: found 5,000 bytes, its header promises {IMAGES:,}"),
+        ("train-images-idx3-ubyte", 5_000, f"found 5,000 bytes, its header promises {IMAGES:,}"),
         ("train-images-idx3-ubyte", IMAGES - 1, f"found {IMAGES - 1:,} bytes"),
         ("train-images-idx3-ubyte", 16, "found 16 bytes"),
         ("train-images-idx3-ubyte", 10, "an IDX header has 16 bytes, found 10"),
@@ -152,7 +153,7 @@ def test_drawn_is_reproducible_and_parted() -> None:
 
 
 def test_drawn_is_learnable() -> None:
-    """A linear model tells the drawn classes apart, though not all of them."""
+    """A linear model tells the drawn classes apart, but not all of them."""
     torch.manual_seed(0)
     (x, y), (test_x, test_y) = (
         (torch.from_numpy(i).flatten(1) / 255, torch.from_numpy(k).long())
@@ -196,12 +197,34 @@ def test_demo_stops_where_bits_differ(
     assert not (tmp_path / "sheet.png").exists()
 
 
+@pytest.mark.parametrize("count", [1, 256, 257, 1300])
+def test_turns_end(count: int) -> None:
+    """A dataset of any size is timed, by every contender, and the rate is a number."""
+    images, labels = demo_data.draw(count, 0)
+    dataset = datasets.FashionMNIST.__new__(datasets.FashionMNIST)
+    dataset.data, dataset.targets = torch.from_numpy(images), torch.from_numpy(labels).long()
+    dataset.transform = T.Compose([T.ToTensor(), T.Normalize((0.3,), (0.2,))])
+    dataset.target_transform = None
+    cpu = torch.device("cpu")
+    racers = demo_race.contenders(dataset, cpu, quick=True)
+    demo_race.check(racers)
+    for racer in racers:
+        assert racer.same
+        demo_race.turn(racer, 0, cpu)
+        assert racer.rate > 0
+
+
 def test_torch_threads_are_put_back() -> None:
     """The race leaves torch's number of threads as it was, also after an exception."""
     before = torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError), demo_race.torch_threads(1):
-        assert torch.get_num_threads() == 1
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with demo_race.torch_threads(1):
+            assert torch.get_num_threads() == 1
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert torch.get_num_threads() == before
 
 

@@ -114,10 +114,14 @@ def test_break_and_go_on(dataset: Any) -> None:
 def test_exception_in_the_loop(dataset: Any) -> None:
     """An exception in the training step is the user's, and the loader goes on after it."""
     ours, theirs = pair(dataset, shuffle=True)
+
+    def step(loader: Iterable[Any]) -> None:
+        for _ in loader:
+            raise ZeroDivisionError
+
     for loader in (ours, theirs):
         with pytest.raises(ZeroDivisionError):
-            for _ in loader:
-                raise ZeroDivisionError
+            step(loader)
     assert all_same(ours, theirs)
 
 
@@ -165,8 +169,8 @@ VIEWS: dict[str, Callable[[torch.Tensor], Any]] = {
     "numpy slice": lambda images: images.numpy()[1:, ..., ::2],
     "storage": torch.Tensor.untyped_storage,
     "permute": lambda images: images.permute(1, 0, 3, 2),
-    "memoryview": lambda images: memoryview(images.numpy()),
-    "dlpack": lambda images: torch.from_dlpack(images),
+    "memoryview": lambda images: images.numpy().data,
+    "dlpack": torch.utils.dlpack.from_dlpack,
     "data": lambda images: images.data,
     "as bytes": lambda images: images.view(torch.uint8),
 }
@@ -251,7 +255,7 @@ def test_copies(dataset: Any, again: Callable[[Any], Any], begun: bool) -> None:
 
 
 def test_beside_torch_workers(dataset: Any) -> None:
-    """torch's forked workers run while our threads are at work."""
+    """Forked workers run while our threads are at work."""
     ours, theirs = pair(dataset, shuffle=True)
     expected = list(theirs)
     theirs.generator.manual_seed(3)
@@ -279,7 +283,7 @@ def test_within_torch_worker() -> None:
 def test_from_another_thread(dataset: Any) -> None:
     """An iterator may be made here and used up on another thread."""
     ours, theirs = pair(dataset, shuffle=True)
-    batches, got = iter(ours), []
+    batches, got = iter(ours), list[Any]()
     thread = threading.Thread(target=lambda: got.extend(batches))
     thread.start()
     thread.join(60)
@@ -426,10 +430,10 @@ def test_interrupts_do_not_break_a_loader(tmp_path: Path, route: str) -> None:
         """
         import signal, threading
         sum(len(x) for x, _ in loader)
-        stop = threading.Event()
+        interrupt = lambda: signal.raise_signal(signal.SIGINT)
         hits = 0
         for round in range(30):
-            timer = threading.Timer(0.002 + 0.001 * round, lambda: signal.raise_signal(signal.SIGINT))
+            timer = threading.Timer(0.002 + 0.001 * round, interrupt)
             try:
                 timer.start()
                 while True:
