@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gpupipe import caches
+from gpupipe.errors import GpupipeWarning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,7 +107,8 @@ def test_a_directory_open_to_others_is_not_used(
     made = caches.cache_dir("test")
     caches.cache_dir.cache_clear()
     (made if inner else made.parent).chmod(permissions)
-    assert is_temporary(caches.cache_dir("test"))
+    with pytest.warns(GpupipeWarning, match="GPUPIPE_CACHE_DIR"):
+        assert is_temporary(caches.cache_dir("test"))
 
 
 def test_a_foreign_directory_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +118,8 @@ def test_a_foreign_directory_is_not_used(tmp_path: Path, monkeypatch: pytest.Mon
     caches.cache_dir.cache_clear()
     owner = os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: owner)
-    assert is_temporary(caches.cache_dir("test"))
+    with pytest.warns(GpupipeWarning, match="GPUPIPE_CACHE_DIR"):
+        assert is_temporary(caches.cache_dir("test"))
 
 
 @pytest.mark.parametrize("place", ["under a file", "a file", "a dangling link"])
@@ -128,7 +131,8 @@ def test_a_place_that_cannot_be_made(
     (tmp_path / "link").symlink_to(tmp_path / "nowhere/at/all")
     where = {"under a file": "file/cache", "a file": "file", "a dangling link": "link"}[place]
     monkeypatch.setenv("GPUPIPE_CACHE_DIR", str(tmp_path / where))
-    assert is_temporary(caches.cache_dir("test"))
+    with pytest.warns(GpupipeWarning, match="GPUPIPE_CACHE_DIR"):
+        assert is_temporary(caches.cache_dir("test"))
 
 
 def test_temporary_directories_go_with_their_process(tmp_path: Path) -> None:
