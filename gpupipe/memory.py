@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import deque
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,7 +29,12 @@ SEARCH = 64
 """Buffers looked at for an idle one, so that a consumer who keeps everything pays no search."""
 
 TRACKED = 1024
-"""Buffers of one size that are remembered; older ones are freed by their consumer, not reused."""
+"""Buffers of one shape that are remembered; older ones are freed by their consumer, not reused."""
+
+_Key = tuple[tuple[int, ...], torch.dtype, bool]
+
+_NUMPY = {torch.float32: "f4", torch.float16: "f2", torch.uint8: "u1"}
+"""NumPy's names of the dtypes it has; the bits of others are kept as unsigned integers."""
 
 
 class OutputPool:
@@ -46,9 +51,8 @@ class OutputPool:
     def __init__(self, keep_bytes: int = KEEP_BYTES) -> None:
         self._keep = keep_bytes
         self._lock = threading.Lock()
-        self._buffers: dict[
-            int, deque[NDArray[np.uint8]]
-        ] = {}  # by size, asked for last at the end
+        # Arrays in the shape of the tensor, by that shape; what was asked for last at the end.
+        self._buffers: dict[_Key, deque[NDArray[Any]]] = {}
         self._remembered = 0
 
     def empty(
@@ -61,47 +65,42 @@ class OutputPool:
             dtype: of the result.
             channels_last: lay a 4-D tensor out as ``torch.channels_last``.
         """
-        buffer = self._take(prod(shape) * dtype.itemsize)
-        flat = torch.from_numpy(buffer).view(dtype)
-        if not channels_last:
-            return flat.view(shape)
-        n, c, h, w = shape
-        return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+        tensor = torch.from_numpy(self._take((shape, dtype, channels_last)))
+        return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
-    def _take(self, nbytes: int) -> NDArray[np.uint8]:
+    def _take(self, key: _Key) -> NDArray[Any]:
         with self._lock:
-            same = self._buffers[nbytes] = self._buffers.pop(nbytes, deque())
+            same = self._buffers[key] = self._buffers.pop(key, deque())
             for _ in range(min(len(same), SEARCH)):
                 if sys.getrefcount(same[0]) == _IDLE_REFERENCES:
                     same.rotate(-1)
                     return same[-1]
                 same.rotate(-1)
+            buffer = _aligned(*key)
+            nbytes = buffer.nbytes
             if nbytes <= self._keep:
                 self._forget(self._keep - nbytes)
                 if len(same) >= TRACKED:
                     self._remembered -= same.popleft().nbytes
-            buffer = _aligned(nbytes)
-            if nbytes <= self._keep:
                 same.append(buffer)
                 self._remembered += nbytes
             return buffer
 
     def _forget(self, limit: int) -> None:
         """Forget buffers until the rest has ``limit`` bytes; those of old sizes first."""
-        for nbytes in list(self._buffers):
-            same = self._buffers[nbytes]
+        for key, same in list(self._buffers.items()):
             while same and self._remembered > limit:
                 self._remembered -= same.popleft().nbytes
             if self._remembered <= limit:
                 return
-            del self._buffers[nbytes]
+            del self._buffers[key]
 
     def idle_bytes(self) -> int:
         """Return the bytes kept for reuse that no tensor uses now."""
         with self._lock:
             return sum(
-                nbytes
-                for nbytes, same in self._buffers.items()
+                same[position].nbytes
+                for same in self._buffers.values()
                 for position in range(len(same))
                 if sys.getrefcount(same[position]) == _IDLE_REFERENCES
             )
@@ -113,10 +112,16 @@ class OutputPool:
             self._remembered = 0
 
 
-def _aligned(nbytes: int) -> NDArray[np.uint8]:
+def _aligned(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> NDArray[Any]:
+    """Return an array in the shape and layout of the tensor, at an aligned address."""
+    nbytes = prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + nbytes]
+    flat = raw[start : start + nbytes].view(_NUMPY.get(dtype) or f"u{dtype.itemsize}")
+    if not channels_last:
+        return flat.reshape(shape)
+    n, c, h, w = shape
+    return flat.reshape(n, h, w, c).transpose(0, 3, 1, 2)
 
 
 def _idle_references() -> int:

@@ -47,7 +47,7 @@ def test_tensors_are_what_torch_would_allocate(
 
 
 def test_a_dropped_tensor_is_used_again() -> None:
-    """The next tensor of that size lies where the dropped one did, whatever its shape."""
+    """The next tensor of that shape lies where the dropped one did."""
     pool = OutputPool()
     first = pool.empty(SHAPE, torch.float32)
     where = first.data_ptr()
@@ -55,7 +55,7 @@ def test_a_dropped_tensor_is_used_again() -> None:
     assert second.data_ptr() != where
     del first
     assert pool.idle_bytes() == 4 * 3 * 5 * 7 * 4
-    again = pool.empty((3, 5, 7, 4), torch.float32)
+    again = pool.empty(SHAPE, torch.float32)
     assert again.data_ptr() == where
     assert pool.idle_bytes() == 0
 
