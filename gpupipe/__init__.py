@@ -1,6 +1,7 @@
 """Your torchvision pipeline, compiled to one CUDA kernel. Same bits."""
 
 from gpupipe._version import __version__
+from gpupipe.array_dataset import ArrayDataset
 from gpupipe.errors import (
     DeviceError,
     GpupipeError,
@@ -16,7 +17,6 @@ from gpupipe.loader import DataLoader
 from gpupipe.operators.pointwise import pointwise
 from gpupipe.plan import Plan
 from gpupipe.preprocess import Preprocess, compile  # noqa: A004 # the word that torch.compile taught
-from gpupipe.sources import ArrayDataset
 from gpupipe.stats import ChannelStats, channel_stats
 from gpupipe.verify import Verification, verify
 

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import default_collate
 
+from gpupipe import trees
 from gpupipe.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,16 +45,18 @@ def move(tree: Any, device: torch.device) -> Any:  # one return a kind of tree
 def restyle(tree: Any, dtype: torch.dtype | None, memory_format: torch.memory_format) -> Any:
     """Give the images of a batch that no kernel made the dtype and layout that were asked for.
 
-    Images are the floating-point tensors [N, C, H, W] in the batch's outermost containers.
+    The images are the first floating-point tensor [N, C, H, W] or [N, H, W] of the batch.
     """
-    if isinstance(tree, torch.Tensor):
-        if tree.ndim != 4 or not tree.is_floating_point():  # noqa: PLR2004 # [N, C, H, W]
-            return tree
-        return tree.to(dtype=dtype or tree.dtype, memory_format=memory_format)
-    if type(tree) in (list, tuple):
-        return type(tree)(restyle(value, dtype, memory_format) for value in tree)
-    if type(tree) is dict:
-        return {key: restyle(value, dtype, memory_format) for key, value in tree.items()}
+    for path, leaf in trees.walk(tree):
+        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+            continue
+        if leaf.ndim == 4:  # noqa: PLR2004 # [N, C, H, W]
+            styled = leaf.to(dtype=dtype or leaf.dtype, memory_format=memory_format)
+        elif leaf.ndim == 3:  # noqa: PLR2004 # [N, H, W]
+            styled = leaf.to(dtype=dtype or leaf.dtype)
+        else:
+            continue
+        return trees.fill(tree, path, styled)
     return tree
 
 

@@ -7,12 +7,11 @@ import os
 import shutil
 import stat
 import tempfile
-import warnings
 from functools import cache
 from pathlib import Path
 
+from gpupipe import notices
 from gpupipe._version import __version__
-from gpupipe.errors import GpupipeWarning
 
 
 def _private(path: Path) -> bool:
@@ -55,11 +54,9 @@ def cache_dir(name: str) -> Path:
     if _private(root) and _private(path):
         return path
     if chosen:
-        warnings.warn(
+        notices.warn(
             f"GPUPIPE_CACHE_DIR={chosen} is not used: it must be writable, your own and closed to "
-            f"others (chmod 700 {chosen}); kernels are compiled again in every process",
-            GpupipeWarning,
-            stacklevel=2,
+            f"others (chmod 700 {chosen}); kernels are compiled again in every process"
         )
     scratch = Path(tempfile.mkdtemp(prefix=f"gpupipe-{name}-"))
     atexit.register(_remove, scratch, os.getpid())

@@ -16,6 +16,7 @@ LLVM chooses the instructions of the machine at hand (AVX-512, AVX2, NEON ...); 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -245,6 +246,10 @@ _SIGNATURE = types.void(
 Kernel = Callable[..., None]
 
 
+_COMPILING = threading.Lock()
+"""numba's cache folder is a setting of the process: one thread at a time changes it."""
+
+
 def _compile(function: Any, *variant: int) -> Kernel:
     """Compile for the one signature, with numba's cache in our own user-only directory.
 
@@ -256,12 +261,13 @@ def _compile(function: Any, *variant: int) -> Kernel:
     digest = hashlib.sha256(cpu.encode()).hexdigest()[:12]
     name = "-".join([digest, function.__qualname__.split(".")[0], *map(str, map(int, variant))])
     config: Any = numba.config
-    before = config.CACHE_DIR
-    config.CACHE_DIR = str(cache_dir("numba") / name)
-    try:
-        kernel: Kernel = njit(_SIGNATURE, nogil=True, cache=True)(function)
-    finally:
-        config.CACHE_DIR = before
+    with _COMPILING:
+        before = config.CACHE_DIR
+        config.CACHE_DIR = str(cache_dir("numba") / name)
+        try:
+            kernel: Kernel = njit(_SIGNATURE, nogil=True, cache=True)(function)
+        finally:
+            config.CACHE_DIR = before
     return kernel
 
 

@@ -7,12 +7,12 @@ adversarial delays, lives in the tests. Nothing here touches CUDA before ``resol
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from gpupipe.errors import DeviceError, GpupipeWarning, InputError
+from gpupipe import notices
+from gpupipe.errors import DeviceError, InputError
 from gpupipe.memory import OutputPool
 
 if TYPE_CHECKING:
@@ -116,12 +116,10 @@ class HostMemory:
                 return self._pinned(nbytes)
             except RuntimeError as error:
                 self._pinned = None
-                warnings.warn(
+                notices.warn(
                     f"{nbytes} bytes of host memory could not be pinned ({error}); going on "
                     "without: the batches are the same, the copies are slower and overlap less; "
-                    "raise the memory-lock limit (ulimit -l) or lower the batch size",
-                    GpupipeWarning,
-                    stacklevel=2,
+                    "raise the memory-lock limit (ulimit -l) or lower the batch size"
                 )
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
@@ -312,7 +310,7 @@ def _warn_once(message: str) -> None:
     """Warn once in the life of the process."""
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, GpupipeWarning, stacklevel=4)
+        notices.warn(message)
 
 
 def resolve(device: str | int | torch.device | None) -> CudaDevice | CpuDevice:

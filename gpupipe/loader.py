@@ -14,8 +14,8 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 from gpupipe import planning, routing
 from gpupipe.errors import InputError
 from gpupipe.plan import Plan
-from gpupipe.planning import Settings
 from gpupipe.routes import EpochBatches
+from gpupipe.state import Settings, State
 
 T = TypeVar("T")
 
@@ -142,7 +142,7 @@ class DataLoader(TorchDataLoader[T]):
             pin_memory_device=pin_memory_device,
             in_order=in_order,
         )
-        self._state = planning.State()
+        self._state = State()
         self._stats = LoaderStats()
 
     @property
@@ -162,7 +162,12 @@ class DataLoader(TorchDataLoader[T]):
         Args:
             epoch: counted from 0; a ``DistributedSampler`` shuffles by it.
         """
-        for sampler in (self.sampler, self.batch_sampler):
+        inner = getattr(self.batch_sampler, "sampler", None)
+        told: list[Any] = []
+        for sampler in (self.sampler, self.batch_sampler, inner):
+            if any(sampler is other for other in told):
+                continue
+            told.append(sampler)
             tell = getattr(sampler, "set_epoch", None)
             if callable(tell):
                 tell(epoch)
@@ -176,20 +181,27 @@ class DataLoader(TorchDataLoader[T]):
         """Begin an epoch."""
         batches = routing.begin(self, self._settings(), self._state)
         self._stats.epochs += 1
-        return _Epoch(batches, self._stats, with_indices=self.return_indices)
+        return _Epoch(batches, self._stats, self._index_sampler, with_indices=self.return_indices)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave compiled and device state behind; it is made again where the copy iterates."""
-        return {**self.__dict__, "_state": planning.State(), "_iterator": None}
+        return {**self.__dict__, "_state": State(), "_iterator": None}
 
 
 class _Epoch(Iterator[Any]):
     """Counts, times and, where asked to, adds the indices."""
 
-    def __init__(self, batches: EpochBatches, stats: LoaderStats, *, with_indices: bool) -> None:
+    def __init__(
+        self, batches: EpochBatches, stats: LoaderStats, sampler: Any, *, with_indices: bool
+    ) -> None:
         self._batches = batches
+        self._sampler = sampler
         self._stats = stats
         self._with_indices = with_indices
+
+    def __len__(self) -> int:
+        """Return the number of batches of the epoch, as torch's iterator does."""
+        return len(self._sampler)
 
     def __next__(self) -> Any:
         """Return the next batch."""
@@ -206,8 +218,11 @@ def _check_arguments(
     dataset: Any, transform: Any, dtype: Any, memory_format: Any, cache: Any
 ) -> None:
     """Refuse at once what cannot work later."""
-    sized = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
-    if sized and len(dataset) == 0:
+    try:
+        empty = not isinstance(dataset, IterableDataset) and len(dataset) == 0
+    except (TypeError, NotImplementedError):  # a user's sampler may not need a length
+        empty = False
+    if empty:
         raise InputError(
             f"dataset must have samples, got an empty {type(dataset).__name__}; "
             "check its path and split"

@@ -7,8 +7,10 @@ it: not the tensor, not a view of it, not ``tensor.numpy()``. Tensors never shar
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+import weakref
 from collections import deque
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -37,6 +39,18 @@ _NUMPY = {torch.float32: "f4", torch.float16: "f2", torch.uint8: "u1"}
 """NumPy's names of the dtypes it has; the bits of others are kept as unsigned integers."""
 
 
+_POOLS: weakref.WeakSet[OutputPool] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for pool in _POOLS:
+        pool.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 class OutputPool:
     """Hands out CPU tensors and reuses their memory after they have died.
 
@@ -54,6 +68,11 @@ class OutputPool:
         # Arrays in the shape of the tensor, by that shape; what was asked for last at the end.
         self._buffers: dict[_Key, deque[NDArray[Any]]] = {}
         self._remembered = 0
+        _POOLS.add(self)
+
+    def after_fork(self) -> None:
+        """Forget, in a forked child, a lock that a thread of the parent may have held."""
+        self._lock = threading.Lock()
 
     def empty(
         self, shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool = False

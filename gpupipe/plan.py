@@ -65,10 +65,12 @@ class Pipeline:
         """The operators that the kernel takes over."""
         return [operator.call for operator in self.operators[self.cut :]]
 
-    @property
-    def fingerprint(self) -> tuple[Any, ...]:
-        """Changes when an operator is replaced or its printed parameters change."""
-        return tuple((id(operator.call), repr(operator.call)) for operator in self.operators)
+    def same_as(self, other: Pipeline | None) -> bool:
+        """Whether both hold the same operator objects, cut at the same place."""
+        if other is None or (len(self.operators), self.cut) != (len(other.operators), other.cut):
+            return False
+        pairs = zip(self.operators, other.operators, strict=True)
+        return all(mine.call is their.call for mine, their in pairs)
 
     def why_not(self) -> str:
         """Say why nothing can be fused, for a pipeline whose suffix is empty."""
@@ -90,7 +92,7 @@ def flatten(transform: Any, position: str = "") -> list[Operator]:
     """List the operators of a transform, through exact ``Compose`` and ``nn.Sequential``."""
     kind = type(transform)
     container = kind is nn.Sequential or pointwise.is_a(kind, ["Compose"])
-    if not container or getattr(transform, "_forward_hooks", None):
+    if not container or pointwise.is_marked(transform) or not pointwise.is_plain(transform):
         return [Operator(position or "0", transform)]
     children = list(transform) if isinstance(transform, nn.Sequential) else transform.transforms
     dot = f"{position}." if position else ""
@@ -119,6 +121,7 @@ class Plan:
         source: where raw pixels come from, in words.
         delivery: what makes the batch and where, in words.
         reason: why nothing, or not all, was lifted; empty where all was.
+        notes: what else happened, and how often.
         deviations: samples that went through the original transform after all.
         batches: batches delivered so far.
     """
@@ -128,7 +131,7 @@ class Plan:
     source: str = ""
     delivery: str = ""
     reason: str = ""
-    notes: list[str] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
     deviations: int = 0
     batches: int = 0
 
@@ -152,21 +155,40 @@ class Plan:
             result.append((operator.position, operator.name, where, why))
         return result
 
+    def note(self, text: str) -> None:
+        """Remember that something happened once more."""
+        self.notes[text] = self.notes.get(text, 0) + 1
+
+    def describes(self, other: Plan) -> bool:
+        """Whether this plan, further on, still says what ``other``, made anew, says."""
+        if self.pipeline is None or other.pipeline is None:
+            return self.pipeline is other.pipeline and self.reason == other.reason
+        if not self.pipeline.same_as(other.pipeline):
+            return False
+        if self.lookup is None or other.lookup is None:
+            return self.lookup is other.lookup and self.reason == other.reason
+        return pointwise.same_bits(self.lookup.values, other.lookup.values)
+
     def _form(self) -> str:
         if self.lookup is None or self.lookup.constants is None:
             return "pointwise: table of 256 levels"
         return "pointwise: arithmetic equal to the table of 256 levels"
 
     def _cpu_reason(self, operator: Operator) -> str:
+        operators = () if self.pipeline is None else self.pipeline.operators
         if pointwise.is_pointwise(operator.call):
+            if all(pointwise.is_pointwise(other.call) for other in operators):
+                return "pointwise, but no operator before it begins from raw pixels"
             return "pointwise, but an operator after it is not"
+        if not pointwise.is_plain(operator.call):
+            return "it has a hook or a forward of its own"
         kind = type(operator.call)
         known = kind.__module__.startswith("torchvision.")
         base = next((b.__name__ for b in kind.__mro__[1:] if pointwise.is_pointwise_type(b)), None)
         if base is not None and not known:
             return f"a subclass of {base} may do something else"
         if known:
-            return "no kernel yet; runs before the fused part"
+            return "no kernel yet; runs on each image, before the fused part if there is one"
         return "not a torchvision operator; gpupipe.pointwise marks one that is pointwise"
 
     def __str__(self) -> str:
@@ -179,7 +201,7 @@ class Plan:
         lines.append(f"delivery  {self.delivery}")
         if self.reason:
             lines.append(f"not lifted: {self.reason}" if not self.fused else f"note: {self.reason}")
-        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"note: {note} ({count} times)" for note, count in self.notes.items()]
         if self.deviations:
             lines.append(
                 f"deviations: {self.deviations} samples went through the original transform"
@@ -187,8 +209,13 @@ class Plan:
         return "\n".join(lines)
 
 
-def specify(pipeline: Pipeline, kind: ImageKind, dtype: torch.dtype | None = None) -> Lookup:
-    """Tabulate the fused part for one kind of image.
+def specify(
+    pipeline: Pipeline,
+    kind: ImageKind,
+    dtype: torch.dtype | None = None,
+    size: tuple[int, int] | None = None,
+) -> Lookup:
+    """Tabulate the fused part for one kind of image; see ``operators.pointwise.tabulate``.
 
     Raises:
         PlanError: wrong constants, or a callable that is marked pointwise and is not.
@@ -196,7 +223,7 @@ def specify(pipeline: Pipeline, kind: ImageKind, dtype: torch.dtype | None = Non
     """
     if pipeline.cut == len(pipeline.operators):
         raise Refusal(pipeline.why_not())
-    return pointwise.tabulate(pipeline.fused_calls, kind, dtype)
+    return pointwise.tabulate(pipeline.fused_calls, kind, dtype, size)
 
 
 Render = Callable[[Any, Lookup], torch.Tensor]

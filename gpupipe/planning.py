@@ -6,67 +6,21 @@ data are read again each time; what was compiled for the same operators is kept.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import IterableDataset, default_collate
 
 from gpupipe import sources
-from gpupipe.devices import Device
-from gpupipe.errors import GpupipeWarning
-from gpupipe.images import ImageKind
-from gpupipe.operators.pointwise import Refusal
+from gpupipe.operators.pointwise import Refusal, same_bits
 from gpupipe.places import Place, places
-from gpupipe.plan import Pipeline, Plan, cut, specify
+from gpupipe.plan import Pipeline, Plan, cut
 from gpupipe.probe import Verdict, probe
-from gpupipe.resident import DeviceImages
-from gpupipe.routes import TorchRoute
 from gpupipe.sources import ArraySource
-from gpupipe.tables import Lookup
+from gpupipe.state import Settings, State, Table
 from gpupipe.transformed import Transformed
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The loader's own arguments; see ``DataLoader``."""
-
-    transform: Any
-    device: Any
-    dtype: torch.dtype | None
-    memory_format: torch.memory_format
-    cache: str | None
-    strict: bool
-
-
-@dataclass
-class State:
-    """What a loader keeps from one iteration to the next."""
-
-    lookups: dict[Any, Lookup | Refusal] = field(default_factory=dict)
-    kept: dict[Any, Any] = field(default_factory=dict)
-    verdicts: dict[Any, Verdict] = field(default_factory=dict)
-    proofs: dict[Any, Lookup | None] = field(default_factory=dict)
-    devices: dict[Any, Device] = field(default_factory=dict)
-    cached: tuple[Any, DeviceImages] | None = None
-    torch_route: tuple[Any, TorchRoute] | None = None
-    warned: set[str] = field(default_factory=set)
-    last: Plan | None = None
-    persistent: bool = False
-
-    @property
-    def deviations(self) -> int:
-        """Samples of the latest plan that went through the original transform."""
-        return 0 if self.last is None else self.last.deviations
-
-    def warn(self, message: str) -> None:
-        """Warn once in the life of the loader."""
-        if message not in self.warned:
-            self.warned.add(message)
-            warnings.warn(message, GpupipeWarning, stacklevel=5)
 
 
 @dataclass
@@ -76,24 +30,26 @@ class Found:
     Attributes:
         plan: for people.
         dataset: what torch's own loader iterates over.
+        table: the specified pipeline, where one of our routes is taken.
         source: the arrays, where the array route is taken.
-        kind: how an image reaches the transform.
         verdict: what the probe found, where the recorded route is taken.
+        place: where the transform stands then.
     """
 
     plan: Plan
     dataset: Any
+    table: Table | None = None
     source: ArraySource | None = None
-    kind: ImageKind | None = None
     verdict: Verdict | None = None
     place: Place | None = None
 
 
 def plan(loader: TorchDataLoader[Any], settings: Settings, state: State) -> Plan:
     """Return what will run where, without touching a device."""
-    if state.last is not None:
+    now = find(loader, settings, state).plan
+    if state.last is not None and state.last.describes(now):
         return state.last
-    return find(loader, settings, state).plan
+    return now
 
 
 def find(loader: TorchDataLoader[Any], settings: Settings, state: State) -> Found:
@@ -142,7 +98,11 @@ def _use_recorder(
     if len(candidates) == 1:
         plan_.pipeline = pipelines[candidates[0]]
     if not candidates:
-        plan_.reason = "the dataset holds no torchvision transform; pass transform="
+        plan_.reason = (
+            "the dataset holds no torchvision transform; pass transform="
+            if explicit is None
+            else f"{explicit!r} is no torchvision transform; gpupipe.pointwise marks your own"
+        )
         return
     fusable = [p for p in pipelines.values() if p.cut < len(p.operators)]
     if not fusable:
@@ -154,29 +114,36 @@ def _use_recorder(
             "processes, its transform with it; lifting it from there is not done yet"
         )
         return
-    key = ("probe", tuple((place.path, pipelines[place].fingerprint) for place in candidates))
-    if key not in state.verdicts:
-        splits = {
-            place: (pipeline.prefix if pipeline.cut else None, pipeline.suffix)
-            for place, pipeline in pipelines.items()
-        }
-        # The places themselves belong to this reading of the dataset: keep the paths.
-        state.verdicts[key] = probe(found.dataset, candidates, splits=splits)
-        state.kept[key] = pipelines
-    verdict = state.verdicts[key]
+    verdict = _probed(found.dataset, candidates, pipelines, state)
     if not verdict.ok or verdict.place is None:
         plan_.reason = verdict.reason
         return
     place = next(p for p in candidates if p.transform is verdict.place.transform)
     plan_.pipeline = pipelines[place]
     kind = verdict.kinds[0]
-    lookup = specified(plan_.pipeline, kind, settings.dtype, state)
-    if isinstance(lookup, Refusal):
-        plan_.reason = str(lookup)
+    table = state.specified(plan_.pipeline, kind, settings.dtype, verdict.sizes[0])
+    if isinstance(table, Refusal):
+        plan_.reason = str(table)
         return
-    plan_.lookup = lookup
+    plan_.lookup = table.lookup
     plan_.delivery = "dataset[i] without its pointwise part, then normalize in one kernel"
-    found.verdict, found.kind, found.place = verdict, kind, place
+    found.verdict, found.place, found.table = verdict, place, table
+
+
+def _probed(
+    dataset: Any, candidates: list[Place], pipelines: dict[Place, Pipeline], state: State
+) -> Verdict:
+    """Probe a dataset, once for the same operators."""
+    operators = [o.call for place in candidates for o in pipelines[place].operators]
+    verdict = state.verdict(operators)
+    if verdict is None:
+        splits = {
+            place: (pipeline.prefix if pipeline.cut else None, pipeline.suffix)
+            for place, pipeline in pipelines.items()
+        }
+        verdict = probe(dataset, candidates, splits=splits)
+        state.keep_verdict(operators, verdict)
+    return verdict
 
 
 def _use_source(
@@ -194,10 +161,10 @@ def _use_source(
     transform = transforms[0] if explicit is None else explicit
     if transform is None:
         return "the dataset has no transform; pass transform="
-    if any(other is not transforms[0] for other in transforms):
-        return "its parts have different transforms"
-    shape = " ".join(str(tuple(part.images.shape)) for part in source.parts)
-    found.plan.source = f"raw uint8 {shape} of {type(loader.dataset).__name__}, in memory"
+    if any(part.target_transform for part in source.parts) and loader.num_workers > 0:
+        return "a target_transform runs in torch's worker processes, which may draw random numbers"
+    shape = " + ".join(str(tuple(part.images.shape)) for part in source.parts)
+    found.plan.source = f"raw uint8 {shape} of {type(loader.dataset).__name__}, {source.place}"
     pipeline = found.plan.pipeline = cut(transform)
     if pipeline.cut == len(pipeline.operators):
         return pipeline.why_not()
@@ -205,25 +172,30 @@ def _use_source(
         return "operators before the pointwise ones run on the CPU"
     if loader.collate_fn is not default_collate:
         return "a collate_fn of the user's own"
-    kind = source.first.kind
-    lookup = specified(pipeline, kind, settings.dtype, state)
-    if isinstance(lookup, Refusal):
-        return str(lookup)
-    found.plan.lookup = lookup
+    kind, axes = source.first.kind, dict(zip(source.first.layout, shape_of(source), strict=True))
+    table = state.specified(pipeline, kind, settings.dtype, (axes["H"], axes["W"]))
+    if isinstance(table, Refusal):
+        return str(table)
+    for other in transforms[1:] if explicit is None else ():
+        if other is not transform and not _alike(other, table, settings, state):
+            return "its parts have different transforms"
+    found.plan.lookup = table.lookup
     found.plan.delivery = "gather and normalize in one kernel"
-    found.source, found.kind = source, kind
+    found.source, found.table = source, table
     return ""
 
 
-def specified(
-    pipeline: Pipeline, kind: ImageKind, dtype: torch.dtype | None, state: State
-) -> Lookup | Refusal:
-    """Tabulate the fused part for one kind of image, once; say why where it cannot be."""
-    key = (pipeline.fingerprint, kind, dtype)
-    if key not in state.lookups:
-        try:
-            state.lookups[key] = specify(pipeline, kind, dtype)
-        except Refusal as refusal:
-            state.lookups[key] = refusal
-        state.kept[key] = pipeline  # so that no id in the key is used again
-    return state.lookups[key]
+def shape_of(source: ArraySource) -> tuple[int, ...]:
+    """Return the shape of the first part's images, in its layout."""
+    return tuple(source.first.images.shape)
+
+
+def _alike(transform: Any, table: Table, settings: Settings, state: State) -> bool:
+    """Whether another part's transform gives the same values at every level."""
+    if transform is None:
+        return False
+    pipeline = cut(transform)
+    other = state.specified(pipeline, table.kind, settings.dtype)
+    if pipeline.cut or isinstance(other, Refusal):
+        return False
+    return same_bits(other.lookup.values, table.lookup.values)

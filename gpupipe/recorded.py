@@ -17,11 +17,11 @@ from torch.utils.data import default_collate
 from gpupipe.batch import move
 from gpupipe.collate import CollateChanged, CollatePlan, CollateRefusal, fill, recognise
 from gpupipe.devices import Device
-from gpupipe.errors import SourceError
+from gpupipe.errors import InputError, PlanError, SourceError
 from gpupipe.fetching import LiftedFetcher, is_batched, read
 from gpupipe.images import ImageKind, kind_of, raw_bytes
 from gpupipe.plan import Pipeline, Plan
-from gpupipe.routes import EpochBatches, feed_spec
+from gpupipe.routes import EpochBatches, as_indices, feed_spec
 from gpupipe.staging import FeedSpec
 from gpupipe.tables import Lookup
 from gpupipe.transfer import StagedFeed
@@ -45,6 +45,7 @@ class RecordedBatches(EpochBatches):
         finish: what a batch that torch made still needs.
         plan: counts what happens.
         warn: says something once.
+        strict: raise where a ``collate_fn`` stands against it.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class RecordedBatches(EpochBatches):
         finish: Callable[[Any], Any],
         plan: Plan,
         warn: Callable[[str], None],
+        *,
+        strict: bool = False,
     ) -> None:
         self._batches = batches
         self._dataset = dataset
@@ -70,7 +73,9 @@ class RecordedBatches(EpochBatches):
         self._finish = finish
         self._plan = plan
         self._warn = warn
+        self._strict = strict
         self._before = plan.deviations
+        self._wanted: list[Any] = []
 
     def __next__(self) -> Any:
         """Return the next batch."""
@@ -83,9 +88,17 @@ class RecordedBatches(EpochBatches):
         batch = self._make(indices)
         self._plan.batches += 1
         self._plan.deviations = self._before + self._fetcher.deviations
-        if all(isinstance(index, (int, np.integer)) for index in indices):
-            self.indices = np.array(indices, np.int64)
+        self._wanted = indices
         return batch
+
+    @property
+    def indices(self) -> NDArray[np.int64]:  # type: ignore[override] # made where it is asked for
+        """The dataset indices of the batch that was returned last, int64 [N].
+
+        Raises:
+            InputError: the batch sampler gives keys that are no integers.
+        """
+        return as_indices(self._wanted)
 
     def _make(self, indices: list[Any]) -> Any:
         if self._keeps():
@@ -121,14 +134,21 @@ class RecordedBatches(EpochBatches):
             )  # fmt: skip
             if isinstance(self._collate, CollateRefusal):
                 self._plan.reason = self._collate.reason
+                if self._strict:
+                    raise PlanError(f"not all is fused: {self._collate.reason}")
                 self._warn(f"nothing was fused: {self._collate.reason}")
         if isinstance(self._collate, CollateRefusal):
             return None
         try:
             batch, path = self._collate.apply(samples)
         except CollateChanged as changed:
-            self._plan.notes.append(f"a batch was collated by torch: {changed}")
+            self._plan.note(f"a batch was collated by torch: {changed}")
             return None
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"the samples' other items cannot be collated: {error}; make them numbers, "
+                "strings or tensors of one shape, or pass a collate_fn that knows them"
+            ) from error
         return fill(move(batch, images.device), path, images)
 
 
@@ -164,6 +184,8 @@ class _Kernel:
         arrays = [raw_bytes(raw) for raw in raws]
         shape = arrays[0].shape
         for index, kind, array in zip(indices, kinds, arrays, strict=True):
+            if kind != kinds[0]:
+                return None
             if array.shape != shape:
                 if not strict:
                     return None
@@ -172,8 +194,6 @@ class _Kernel:
                     f"index {indices[0]} and {_size(array, kind)} at index {index}; add a Resize "
                     "or crop of a fixed size to the transform, or pass a collate_fn"
                 )
-            if kind != kinds[0]:
-                return None
         lookup = None if kinds[0] is None else self._lookup_for(kinds[0])
         if kinds[0] is None or lookup is None:
             return None

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpupipe.devices import CpuDevice, Device
+from gpupipe.devices import Device
 from gpupipe.errors import DeviceError
 from gpupipe.sources import ArraySource
 from gpupipe.staging import FeedSpec
@@ -51,7 +51,7 @@ class DeviceImages:
     """A copy of a source's arrays on a GPU, made once."""
 
     def __init__(self, source: ArraySource, device: Device) -> None:
-        self._device = device
+        self.device = device
         where = device.torch_device
         images = _joined([part.images for part in source.parts])
         free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else images.nbytes
@@ -72,13 +72,13 @@ class DeviceImages:
     ) -> None:
         """Gather and normalise on the current stream."""
         host = torch.from_numpy(rows)
-        where = self._device.torch_device
+        where = self.device.torch_device
         if where.type == "cuda":
             # The pinned block is not used again before this copy is done: torch's host allocator
             # records an event for every non-blocking copy from it.
             host = host.pin_memory()
         self._rows = host.to(where, non_blocking=True)
-        self._device.normalize(self._images, self._rows, outputs, spec.lookup, layout=spec.layout)
+        self.device.normalize(self._images, self._rows, outputs, spec.lookup, layout=spec.layout)
 
     def columns(self, rows: NDArray[np.int64], start: int) -> tuple[torch.Tensor, ...]:
         """Gather the columns of one batch of the chunk that ``normalize`` was called with."""
@@ -171,10 +171,3 @@ class ResidentFeed:
         self._tasks.clear()
         self._ready.clear()
         self.pending = 0
-
-
-def resident(device: Device, spec: FeedSpec, source: ArraySource) -> ResidentFeed | None:
-    """Return a feed over the host's own arrays where the device's kernel can read them."""
-    if isinstance(device, CpuDevice):
-        return ResidentFeed(device, spec, HostImages(source))
-    return None

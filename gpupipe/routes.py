@@ -8,18 +8,21 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections import deque
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader as TorchDataLoader
+from torch.utils.data import IterableDataset
 
 from gpupipe.batch import Assemble, assembler, move, restyle
 from gpupipe.devices import CpuDevice, Device
-from gpupipe.errors import GpupipeError, InputError
+from gpupipe.errors import GpupipeError, IndexRangeError, InputError
 from gpupipe.images import ImageKind
 from gpupipe.plan import Pipeline, Plan, prove
 from gpupipe.resident import DeviceImages, HostImages, ResidentFeed
@@ -75,7 +78,7 @@ class Batches(EpochBatches):
         assemble: Assemble,
         plan: Plan,
         *,
-        chunk: int,
+        sample_bytes: int,
         depth: int,
         free_ahead: int,
     ) -> None:
@@ -84,7 +87,7 @@ class Batches(EpochBatches):
         self._feed = feed
         self._assemble = assemble
         self._plan = plan
-        self._most = chunk
+        self._sample_bytes = sample_bytes
         self._chunk = 1  # the first batch comes soon, later ones many at a time
         self._depth = depth
         self._free_ahead = free_ahead
@@ -109,8 +112,7 @@ class Batches(EpochBatches):
         if len(self._sizes) < self._depth and self._error is None:
             self.top_up()
         if not self._taken:
-            self.close()
-            raise self._error or StopIteration
+            raise self._end()
         images, columns = self._feed.next()
         self.indices = self._taken.popleft()
         self._sizes[0] -= 1
@@ -119,23 +121,50 @@ class Batches(EpochBatches):
         self._plan.batches += 1
         return self._assemble(images, columns, self.indices)
 
+    def _end(self) -> BaseException:
+        """Return what ends the epoch, or, once, what a bad batch of the sampler's raised."""
+        error = self._error or StopIteration()
+        if isinstance(error, (IndexRangeError, InputError)):
+            self._error = None  # as in torch, the batch after it can still be asked for
+            return error
+        self.close()
+        self._error = StopIteration()
+        return error
+
     def top_up(self) -> None:
         """Read indices, as far ahead as nobody can tell, and ask for their batches."""
         while len(self._sizes) < self._depth and self._may_read():
             batches: list[NDArray[np.int64]] = []
+            nbytes = 0
             try:
-                while len(batches) < self._chunk and (not batches or self._may_read(len(batches))):
-                    batches.append(next(self._indices))
+                while not batches or self._goes_on(batches, nbytes):
+                    batches.append(self._read())
+                    nbytes += len(batches[-1]) * self._sample_bytes
             except Exception as error:  # noqa: BLE001 # raised once the batches before it are out
                 self._error = error
-            self._chunk = min(2 * self._chunk, self._most)
-            full = [batch for batch in batches if len(batch)]
-            if full:
-                self._taken.extend(full)
-                self._sizes.append(len(full))
-                self._feed.submit([self._source.locate(batch) for batch in full])
+            self._chunk = min(2 * self._chunk, MAX_CHUNK)
+            if batches:
+                self._taken.extend(batches)
+                self._sizes.append(len(batches))
+                self._feed.submit([self._source.locate(batch) for batch in batches])
             if self._error is not None:
                 return
+
+    def _read(self) -> NDArray[np.int64]:
+        batch = next(self._indices)
+        if not len(batch):
+            raise InputError(
+                "the batch sampler gave an empty batch, and images of none cannot be stacked; "
+                "give at least one index per batch"
+            )
+        return batch
+
+    def _goes_on(self, batches: list[NDArray[np.int64]], nbytes: int) -> bool:
+        """Whether another batch fits into the same launch, and may be read already."""
+        fits = len(batches) < self._chunk and nbytes * (len(batches) + 1) <= CHUNK_BYTES * len(
+            batches
+        )
+        return fits and self._may_read(len(batches))
 
     def _may_read(self, more: int = 0) -> bool:
         ahead = len(self._taken) + more
@@ -240,12 +269,11 @@ class ArrayRoute:
         self._cached = cached
         self._assemble, _ = assembler(source, device.torch_device)
 
-    def iterate(self, indices: IndexBatches, batch_size: int, free_ahead: int) -> Batches:
+    def iterate(self, indices: IndexBatches, free_ahead: int) -> Batches:
         """Begin an epoch.
 
         Args:
             indices: dataset indices, batch by batch.
-            batch_size: images per batch, for the size of a launch.
             free_ahead: batches that may be read ahead whatever the sampler is.
         """
         spec, device = self._spec, self._device
@@ -258,15 +286,13 @@ class ArrayRoute:
             feed = ResidentFeed(device, spec, host)
         else:
             feed = StagedFeed(device, spec, _ReadSource(self._source), depth=DEPTH)
-        pixels = int(np.prod(spec.output_shape)) * spec.lookup.dtype.itemsize
-        chunk = CHUNK_BYTES // max(1, pixels * batch_size)
         return Batches(
             indices,
             self._source,
             feed,
             self._assemble,
             self._plan,
-            chunk=min(max(chunk, 1), MAX_CHUNK),
+            sample_bytes=prod(spec.output_shape) * spec.lookup.dtype.itemsize,
             depth=DEPTH if isinstance(feed, StagedFeed) else 1,
             free_ahead=free_ahead,
         )
@@ -276,27 +302,36 @@ class TorchRoute:
     """torch's own loader; its batches are moved to the device.
 
     Args:
-        loader: whose arguments to use.
+        loader: whose arguments to use, as they are now.
         dataset: to iterate over in the place of the loader's.
-        with_indices: keep the indices of each batch.
     """
 
-    def __init__(
-        self, loader: TorchDataLoader[Any], dataset: Any, *, with_indices: bool = False
-    ) -> None:
+    def __init__(self, loader: TorchDataLoader[Any], dataset: Any) -> None:
         inner = copy.copy(loader)
         inner.__class__ = TorchDataLoader
         inner.__dict__.update(dataset=dataset, _iterator=None, pin_memory=False)
         self._seen: _Seen | None = None
-        if with_indices:
-            if loader.batch_sampler is None:
+        if getattr(loader, "return_indices", False):
+            batch_sampler: Any = loader.batch_sampler
+            iterable = isinstance(loader.dataset, IterableDataset)
+            if batch_sampler is None or iterable or not loader.in_order:
                 raise InputError(
-                    "return_indices needs batches of indices, got an IterableDataset or "
-                    "batch_size=None; leave it out"
+                    "return_indices needs batches of indices in order, got an IterableDataset, "
+                    "batch_size=None or in_order=False; leave it out"
                 )
-            self._seen = _Seen(loader.batch_sampler)
+            self._seen = _Seen(batch_sampler)
             inner.__dict__["batch_sampler"] = self._seen
         self._inner = inner
+
+    def serves(self, other: TorchRoute) -> bool:
+        """Whether this route's workers do what another's would."""
+        mine, their = self._inner, other._inner
+        same = getattr(mine.dataset, "identity", mine.dataset)
+        return bool(
+            same == getattr(their.dataset, "identity", their.dataset)
+            and mine.collate_fn is their.collate_fn
+            and mine.num_workers == their.num_workers
+        )
 
     def iterate(self, finish: Callable[[Any], Any], plan: Plan) -> EpochBatches:
         """Begin an epoch; ``finish`` is applied to every batch."""
@@ -314,11 +349,25 @@ class _Seen:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._inner:
-            self.batches.append(np.array(batch, np.int64))
+            self.batches.append(as_indices(batch))
             yield batch
 
     def __len__(self) -> int:
         return len(self._inner)
+
+
+def as_indices(batch: Any) -> NDArray[np.int64]:
+    """Return what a batch sampler gave as int64 [N].
+
+    Raises:
+        InputError: keys that are no integers.
+    """
+    try:
+        return np.array([operator.index(index) for index in batch], np.int64)
+    except TypeError as error:
+        raise InputError(
+            f"return_indices needs integer indices, the batch sampler gave {batch!r}; leave it out"
+        ) from error
 
 
 class _Moved(EpochBatches):
@@ -338,11 +387,13 @@ class _Moved(EpochBatches):
 
     def __next__(self) -> Any:
         """Return the next batch."""
-        batch = self._finish(next(self._batches))
+        try:
+            batch = next(self._batches)
+        finally:  # a batch whose sample failed has had its indices, too
+            if self._seen is not None and self._seen.batches:
+                self.indices = self._seen.batches.popleft()
         self._plan.batches += 1
-        if self._seen is not None:
-            self.indices = self._seen.batches.popleft()
-        return batch
+        return self._finish(batch)
 
 
 def finisher(

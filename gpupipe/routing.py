@@ -14,14 +14,15 @@ from gpupipe.errors import DeviceError, PlanError
 from gpupipe.fetching import LiftedFetcher
 from gpupipe.images import ImageKind
 from gpupipe.operators.pointwise import Refusal
-from gpupipe.plan import Pipeline, Plan
-from gpupipe.planning import Found, Settings, State, find, specified
+from gpupipe.plan import Plan
+from gpupipe.planning import Found, find
 from gpupipe.recorded import RecordedBatches
 from gpupipe.resident import DeviceImages
 from gpupipe.routes import ArrayRoute, EpochBatches, TorchRoute, feed_spec, finisher, proved
 from gpupipe.sampling import IndexBatches, draw_base_seed, index_batches, start
 from gpupipe.sources import ArraySource
 from gpupipe.staging import Column
+from gpupipe.state import Settings, State, Table
 from gpupipe.tables import Layout, Lookup
 
 _DIFFERS = "the kernel differs from the installed torchvision on this machine"
@@ -55,40 +56,35 @@ def begin(loader: TorchDataLoader[Any], settings: Settings, state: State) -> Epo
 
 def _device(wanted: Any, state: State) -> Device:
     """Resolve the device; keep it, for its memory is used again."""
-    if isinstance(wanted, (str, int, torch.device, type(None))):
-        device: Device = devices.resolve(wanted)
-    else:
-        device = wanted
-    return state.devices.setdefault((type(device), device.torch_device), device)
+    device: Device = wanted if hasattr(wanted, "torch_device") else devices.resolve(wanted)
+    for kept in state.devices:
+        if type(kept) is type(device) and kept.torch_device == device.torch_device:
+            return kept
+    state.devices.append(device)
+    return device
 
 
 def _proved(
-    pipeline: Pipeline,
-    lookup: Lookup,
-    kind: ImageKind,
-    layout: Layout,
-    settings: Settings,
-    state: State,
-    device: Device,
+    table: Table, layout: Layout, memory_format: torch.memory_format, device: Device
 ) -> Lookup | None:
-    """Prove the kernel for one kind of image, once."""
-    key = (pipeline.fingerprint, kind, settings, layout, str(device.torch_device))
-    if key not in state.proofs:
-        state.proofs[key] = proved(device, pipeline, lookup, kind, layout, settings.memory_format)
-        state.kept[key] = pipeline
-    return state.proofs[key]
+    """Prove the kernel for one table, once on each device."""
+    key = (str(device.torch_device), layout, memory_format)
+    if key not in table.proofs:
+        table.proofs[key] = proved(
+            device, table.pipeline, table.lookup, table.kind, layout, memory_format
+        )
+    return table.proofs[key]
 
 
 def _array_route(
     found: Found, settings: Settings, state: State, device: Device
 ) -> ArrayRoute | None:
     """Prove the kernel, and make the route; None where it differs from torchvision."""
-    plan_, source, kind = found.plan, found.source, found.kind
-    if plan_.pipeline is None or plan_.lookup is None or source is None or kind is None:
+    plan_, source, table = found.plan, found.source, found.table
+    if plan_.pipeline is None or source is None or table is None:
         return None
     layout: Layout = source.first.layout
-    lookup = _proved(plan_.pipeline, plan_.lookup, kind, layout, settings, state, device)
-    plan_.lookup = lookup
+    plan_.lookup = lookup = _proved(table, layout, settings.memory_format, device)
     if lookup is None:
         plan_.reason = _DIFFERS
         return None
@@ -103,9 +99,14 @@ def _array_route(
             Column(column.shape[1:], torch.from_numpy(column[:0].copy()).dtype)
             for column in source.first.columns
         )
-    image_shape = source.first.images.shape[1:]
     spec = feed_spec(
-        plan_.pipeline, lookup, kind, image_shape, layout, settings.memory_format, columns
+        plan_.pipeline,
+        lookup,
+        table.kind,
+        source.first.images.shape[1:],
+        layout,
+        settings.memory_format,
+        columns,
     )
     return ArrayRoute(device, source, spec, plan_, cached=cached)
 
@@ -119,19 +120,29 @@ def _recorded(
 ) -> RecordedBatches | None:
     """Begin an epoch on the recorded route; None where the kernel differs from torchvision."""
     plan_, pipeline = found.plan, found.plan.pipeline
-    if pipeline is None or found.place is None or found.verdict is None or found.kind is None:
+    if pipeline is None or found.place is None or found.verdict is None or found.table is None:
         return None
+    known: dict[ImageKind, Lookup | None] = {}
 
     def lookup_for(kind: ImageKind) -> Lookup | None:
-        lookup = specified(pipeline, kind, settings.dtype, state)
-        if isinstance(lookup, Refusal):
-            return None
-        return _proved(pipeline, lookup, kind, kind.layout, settings, state, device)
+        if kind not in known:
+            table = state.specified(pipeline, kind, settings.dtype)
+            known[kind] = (
+                None
+                if isinstance(table, Refusal)
+                else _proved(table, kind.layout, settings.memory_format, device)
+            )
+        return known[kind]
 
-    plan_.lookup = lookup_for(found.kind)
+    plan_.lookup = lookup_for(found.table.kind)
     if plan_.lookup is None:
         plan_.reason = _DIFFERS
         return None
+    if settings.strict and pipeline.cut:
+        raise PlanError(
+            f"not all of the transform is fused: {pipeline.operators[0].name} runs on the CPU; "
+            "leave strict=True out, or take the operator away"
+        )
     plan_.delivery = f"dataset[i], then normalize in one kernel on {device.torch_device}"
     fetcher = LiftedFetcher(
         found.dataset,
@@ -140,7 +151,7 @@ def _recorded(
         prefix=pipeline.prefix if pipeline.cut else None,
         suffix=pipeline.suffix,
     )
-    batches = iter(loader.batch_sampler or ())
+    batches = iter(() if loader.batch_sampler is None else loader.batch_sampler)
     draw_base_seed(loader.generator)
     return RecordedBatches(
         batches,
@@ -154,6 +165,7 @@ def _recorded(
         finisher(device.torch_device, settings.dtype, settings.memory_format),
         plan_,
         state.warn,
+        strict=settings.strict,
     )
 
 
@@ -167,12 +179,7 @@ def _cached(
         raise DeviceError(
             f'cache="device" needs a kernel on {device.torch_device}, which has none; leave it out'
         )
-    arrays = [array for part in source.parts for array in (part.images, *part.columns)]
-    key = tuple((array.__array_interface__["data"][0], array.shape) for array in arrays)
-    if state.cached is None or state.cached[0] != key:
-        state.cached = None  # the old copy goes before the new one comes
-        state.cached = (key, DeviceImages(source, device))
-    return state.cached[1]
+    return state.device_copy(source, device)
 
 
 def _start(loader: TorchDataLoader[Any], route: ArrayRoute, state: State) -> EpochBatches:
@@ -185,22 +192,20 @@ def _start(loader: TorchDataLoader[Any], route: ArrayRoute, state: State) -> Epo
     else:
         indices, _ = start(loader.batch_sampler, loader.generator, length, num_workers=workers)
         state.persistent = loader.persistent_workers
-    free_ahead = workers * (loader.prefetch_factor or 0)
-    batches = route.iterate(indices, loader.batch_size or 1, free_ahead)
+    batches = route.iterate(indices, workers * (loader.prefetch_factor or 0))
     if workers:
         batches.top_up()  # with workers torch reads the sampler at iter()
     return batches
 
 
 def _torch_route(loader: TorchDataLoader[Any], found: Found, state: State) -> TorchRoute:
-    """Return torch's own loader, the same one for the same dataset: it may hold workers."""
-    with_indices = bool(getattr(loader, "return_indices", False))
-    dataset = found.dataset
-    same = getattr(dataset, "identity", id(dataset))
-    key = (same, id(loader.collate_fn), loader.num_workers, with_indices)
-    if state.torch_route is None or state.torch_route[0] != key:
-        state.torch_route = (key, TorchRoute(loader, dataset, with_indices=with_indices))
-    return state.torch_route[1]
+    """Return torch's own loader; with persistent workers the same one for the same dataset."""
+    route = TorchRoute(loader, found.dataset)
+    if not (loader.persistent_workers and loader.num_workers > 0):
+        return route
+    if state.torch_route is None or not state.torch_route.serves(route):
+        state.torch_route = route
+    return state.torch_route
 
 
 def _carry_over(plan_: Plan, state: State) -> None:

@@ -10,27 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from os import PathLike
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from mmap import mmap
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate
+from numpy.typing import NDArray
+from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_collate
 from torchvision import datasets
 
-from gpupipe.errors import IndexRangeError, SourceError
+from gpupipe.array_dataset import ArrayDataset, Transform, check_images
+from gpupipe.errors import IndexRangeError
 from gpupipe.images import ImageKind
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from gpupipe.tables import Layout
+from gpupipe.tables import Layout
 from gpupipe.threads import split
-
-Transform = Callable[[Any], Any]
 
 THREAD_BYTES = 1 << 20
 """A copy of at least this size is shared among threads."""
+
+NO_COLUMN = "its labels are not plain numbers of one type"
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,12 @@ class ArraySource:
         """Whether a kernel can read the images where they lie: in one contiguous array."""
         return len(self.parts) == 1 and bool(self.first.images.flags.c_contiguous)
 
+    @property
+    def place(self) -> str:
+        """Where the images lie, for people: "in memory", or "on disk (memmap)" if any part does."""
+        mapped = any(_is_mapped(part.images) for part in self.parts)
+        return "on disk (memmap)" if mapped else "in memory"
+
     def locate(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the rows, counted through the parts, of indices that ``sampling`` has checked."""
         return indices if self.rows is None else self.rows[indices]
@@ -136,81 +141,14 @@ class ArraySource:
                 out[here] = array[rows[here] - self._starts[number]]
 
 
-class ArrayDataset(Dataset[Any]):
-    """Images in a NumPy array or a ``.npy`` file, with labels: a dataset for any loader.
-
-    ``[i]`` is ``(transform(images[i]), target_transform(labels[i]))``, or the image alone where
-    there are no labels. A ``.npy`` file is memory-mapped and stays on disk.
-
-    Args:
-        images: uint8 [N, H, W, C] or [N, H, W], or the path of such a ``.npy`` file.
-        labels: [N, ...] or None, or the path of a ``.npy`` file.
-        transform: takes an image, a uint8 ndarray [H, W, C] or [H, W].
-        target_transform: takes a label.
-
-    Raises:
-        SourceError: another dtype or shape, labels of another length, a damaged or pickled file.
-    """
-
-    def __init__(
-        self,
-        images: NDArray[np.uint8] | str | PathLike[str],
-        labels: NDArray[Any] | Sequence[Any] | str | PathLike[str] | None = None,
-        *,
-        transform: Transform | None = None,
-        target_transform: Transform | None = None,
-    ) -> None:
-        self.images = _open(images, "images")
-        self.labels = None if labels is None else _open(labels, "labels")
-        self.transform = transform
-        self.target_transform = target_transform
-        check_images(self.images, "images")
-        if self.labels is not None and self.labels.shape[:1] != (len(self.images),):
-            raise SourceError(
-                f"labels must be as many as images, got labels of shape {self.labels.shape} for "
-                f"{len(self.images)} images; check that both belong together"
-            )
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Any:
-        """Return one sample."""
-        image = self.images[index]
-        if self.transform is not None:
-            image = self.transform(image)
-        if self.labels is None:
-            return image
-        label = self.labels[index]
-        return image, label if self.target_transform is None else self.target_transform(label)
-
-
-def _open(array: Any, name: str) -> NDArray[Any]:
-    if not isinstance(array, (str, PathLike)):
-        return np.asanyarray(array)
-    try:
-        mapped: NDArray[Any] = np.lib.format.open_memmap(array, mode="r")
-    except (ValueError, EOFError) as error:
-        raise SourceError(
-            f"{name} must be a whole .npy file of plain numbers, got {array}: {error}; "
-            "save it again with np.save"
-        ) from error
-    return mapped
-
-
-def check_images(images: NDArray[Any] | torch.Tensor, name: str) -> None:
-    """Check raw images: uint8 with 3 or 4 axes.
-
-    Raises:
-        SourceError: anything else.
-    """
-    dtype = str(images.dtype).removeprefix("torch.")
-    if dtype != "uint8" or len(images.shape) not in (3, 4):
-        raise SourceError(
-            f"{name} must be uint8 [N, H, W, C] or [N, H, W], got {dtype} {tuple(images.shape)}; "
-            "pass the raw pixels, before any scaling"
-        )
+def _is_mapped(array: Any) -> bool:
+    """Return whether an array is a file's memory, or a view of such an array."""
+    while isinstance(array, np.ndarray):
+        base: Any = array.base
+        if isinstance(array, np.memmap) and isinstance(base, mmap):
+            return True  # a memmap's copy is a memmap, too, but has no base
+        array = base
+    return False
 
 
 def _array(values: Any) -> NDArray[Any] | None:
@@ -228,6 +166,8 @@ def _label_column(values: Any) -> NDArray[Any] | None:
     array = _array(values)
     if array is None or array.ndim != 1 or array.dtype.kind not in "iu":
         return None
+    if array.size and array.max() > np.iinfo(np.int64).max:
+        return None  # default_collate refuses them
     return array.astype(np.int64, copy=False)
 
 
@@ -242,51 +182,74 @@ def _number_column(values: Any) -> NDArray[Any] | None:
         return None
     if not isinstance(batch, torch.Tensor) or batch.shape[1:] != array.shape[1:]:
         return None  # a list of lists is collated item by item
-    return array.astype(batch.numpy().dtype, copy=False)
+    dtype = batch.numpy().dtype
+    if not np.can_cast(array.dtype, dtype):
+        return None  # a list of ints that int64 cannot hold: NumPy makes them uint64 or float64
+    return array.astype(dtype, copy=False)
+
+
+def _misfit(data: Any, holder: type[Any], axes: tuple[str | int, ...]) -> str | None:
+    """Say why ``data`` is no ``holder`` of uint8 with such axes (a number: a size), or None."""
+    if not isinstance(data, holder):
+        return f"its data is of type {type(data).__name__}, not {holder.__name__}"
+    dtype, shape = str(data.dtype).removeprefix("torch."), tuple(data.shape)
+    sizes = zip(axes, shape, strict=False)
+    fits = len(shape) == len(axes) and all(isinstance(a, str) or a == size for a, size in sizes)
+    if dtype == "uint8" and fits and str(data.device) == "cpu":
+        return None
+    expected = ", ".join(map(str, axes))
+    return f"its data is {dtype} {shape} on {data.device}, not uint8 [{expected}] on cpu"
 
 
 def _pil_part(
-    dataset: Any, images: Any, labels: NDArray[Any] | None, mode: str, label: Callable[[int], Any]
+    dataset: Any,
+    images: NDArray[np.uint8],
+    labels: NDArray[Any] | None,
+    mode: str,
+    label: Callable[[int], Any],
 ) -> Part | str:
     layout: Layout = "NHW" if mode == "L" else "NHWC"
     if labels is None:
-        return "its labels are not plain numbers of one type"
-    if str(images.dtype).removeprefix("torch.") != "uint8" or images.ndim != len(layout):
-        return f"its data is {images.dtype} {tuple(images.shape)}, not uint8 [{', '.join(layout)}]"
-    array = images.numpy() if isinstance(images, torch.Tensor) else images
+        return NO_COLUMN
     kind = ImageKind("PIL", 1 if mode == "L" else 3, layout, mode)
     transforms = (dataset.transform, dataset.target_transform)
-    return Part(array, layout, kind, (labels,), 0, *transforms, label)
+    return Part(images, layout, kind, (labels,), 0, *transforms, label)
+
+
+def _grey(dataset: Any, targets: Any) -> Part | str:
+    images, labels = dataset.data, _label_column(targets)
+    return _misfit(images, torch.Tensor, ("N", "H", "W")) or _pil_part(
+        dataset, images.numpy(), labels, "L", lambda row: int(targets[row])
+    )
 
 
 def _mnist(dataset: Any) -> Part | str:
-    targets = dataset.targets
-    labels = _label_column(targets)
-    return _pil_part(dataset, dataset.data, labels, "L", lambda row: int(targets[row]))
+    return _grey(dataset, dataset.targets)
 
 
 def _qmnist(dataset: Any) -> Part | str:
     if not dataset.compat:
         return "its extended targets are tensors"
-    targets = dataset.targets[:, 0]
-    labels = _label_column(targets)
-    return _pil_part(dataset, dataset.data, labels, "L", lambda row: int(targets[row]))
+    targets = dataset.targets
+    if not isinstance(targets, torch.Tensor) or targets.ndim != 2:  # noqa: PLR2004 # [N, 8]
+        return NO_COLUMN
+    return _grey(dataset, targets[:, 0])
 
 
 def _cifar(dataset: Any) -> Part | str:
-    if dataset.data.ndim == 4 and dataset.data.shape[3] != 3:  # noqa: PLR2004 # RGB
-        return f"its data has shape {dataset.data.shape}, not [N, H, W, 3]"
-    targets = dataset.targets
-    return _pil_part(dataset, dataset.data, _number_column(targets), "RGB", targets.__getitem__)
+    images, targets = dataset.data, dataset.targets
+    return _misfit(images, np.ndarray, ("N", "H", "W", 3)) or _pil_part(
+        dataset, images, _number_column(targets), "RGB", lambda row: targets[row]
+    )
 
 
 def _svhn(dataset: Any) -> Part | str:
     images, labels = dataset.data, dataset.labels
-    if images.ndim == 4 and images.shape[1] != 3:  # noqa: PLR2004 # RGB
-        return f"its data has shape {images.shape}, not [N, 3, H, W]"
+    if wrong := _misfit(images, np.ndarray, ("N", 3, "H", "W")):
+        return wrong
     # Each image is transposed to [H, W, 3] before it becomes a PIL image.
-    pixels = images.transpose(0, 2, 3, 1) if images.ndim == 4 else images  # noqa: PLR2004 # [N, C, H, W]
-    return _pil_part(dataset, pixels, _label_column(labels), "RGB", lambda row: int(labels[row]))
+    pixels, column = images.transpose(0, 2, 3, 1), _label_column(labels)
+    return _pil_part(dataset, pixels, column, "RGB", lambda row: int(labels[row]))
 
 
 def _tensors(dataset: Any) -> Part | str:
@@ -305,15 +268,16 @@ def _tensors(dataset: Any) -> Part | str:
 
 
 def _arrays(dataset: Any) -> Part | str:
-    images = dataset.images
+    images, labels = dataset.images, dataset.labels
+    if not isinstance(images, np.ndarray):
+        return f"its images are of type {type(images).__name__}, not ndarray"
     check_images(images, "images")
-    labels = dataset.labels
-    transforms = (dataset.transform, dataset.target_transform)
-    if labels is None:
-        return Part(*_bare(images), (), None, *transforms)
+    if labels is None:  # its target_transform is never called
+        return Part(*_bare(images), (), None, dataset.transform)
     column = _number_column(labels)
     if column is None:
-        return f"its labels are {labels.dtype}, not numbers"
+        return NO_COLUMN
+    transforms = (dataset.transform, dataset.target_transform)
     return Part(*_bare(images), (column,), 0, *transforms, labels.__getitem__)
 
 
@@ -353,6 +317,8 @@ def resolve(dataset: Any) -> ArraySource | str:
             return "its parts hold images or labels of different shapes"
         if [c.dtype for c in part.columns] != [c.dtype for c in first.columns]:
             return "its parts hold labels of different types"
+    if 0 in first.images.shape[1:]:
+        return "its images have no pixels"
     return ArraySource(parts, rows)
 
 
@@ -371,9 +337,7 @@ def _contiguous(part: Part) -> Part:
     return replace(part, images=view, layout="NHWC" if planar else "NCHW")
 
 
-def _resolve(  # one return a refusal
-    dataset: Any,
-) -> tuple[list[Part], NDArray[np.int64] | None] | str:
+def _resolve(dataset: Any) -> tuple[list[Part], NDArray[np.int64] | None] | str:
     kind = type(dataset)
     if kind is Subset:
         return _subset(dataset)
@@ -418,7 +382,7 @@ def _subset(dataset: Subset[Any]) -> tuple[list[Part], NDArray[np.int64] | None]
 def _concat(dataset: ConcatDataset[Any]) -> tuple[list[Part], NDArray[np.int64] | None] | str:
     parts: list[Part] = []
     rows: list[NDArray[np.int64]] = []
-    start = 0
+    start = 0  # of the member's images among all
     for member in dataset.datasets:
         inner = _resolve(member)
         if isinstance(inner, str):
@@ -427,5 +391,7 @@ def _concat(dataset: ConcatDataset[Any]) -> tuple[list[Part], NDArray[np.int64] 
         rows.append((np.arange(count) if inner[1] is None else inner[1]) + start)
         start += count
         parts.extend(inner[0])
-    ordered = np.concatenate(rows) if rows else np.empty(0, np.int64)
+    if list(accumulate(map(len, rows))) != dataset.cumulative_sizes:
+        return "its ConcatDataset was made when its members had other lengths"
+    ordered = np.concatenate(rows)
     return parts, None if np.array_equal(ordered, np.arange(start)) else ordered

@@ -13,6 +13,7 @@ sample by sample.
 from __future__ import annotations
 
 import math
+import operator
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -101,15 +102,14 @@ def channel_stats(
         InputError: another argument that cannot be used.
         IndexRangeError: a ``Subset`` of indices that its dataset does not have.
     """
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise InputError(f"batch_size must be a positive int or None, got {batch_size!r}")
+    size = None if batch_size is None else _block_size(batch_size)
     source = resolve(dataset)
     if isinstance(source, ArraySource):
         total: int | None = len(source)
-        blocks = _array_blocks(source, batch_size)
+        blocks = _array_blocks(source, size)
     else:
         total = _length(dataset)
-        blocks = _sample_blocks(dataset, batch_size)
+        blocks = _sample_blocks(dataset, size)
     counts = np.zeros((1, 256), np.int64)
     images = 0
     with _bar(total, shown=progress) as move:
@@ -118,6 +118,17 @@ def channel_stats(
             images += number
             move(images)
     return _stats(counts, images)
+
+
+def _block_size(batch_size: Any) -> int:
+    """Return ``batch_size`` as an int; any integer type will do, a bool will not."""
+    try:
+        size = 0 if isinstance(batch_size, bool) else operator.index(batch_size)
+    except TypeError:
+        size = 0
+    if size < 1:
+        raise InputError(f"batch_size must be a positive int or None, got {batch_size!r}")
+    return size
 
 
 def _histograms(planes: Planes) -> NDArray[np.int64]:
@@ -215,7 +226,7 @@ def _sample_blocks(dataset: Any, batch_size: int | None) -> Iterator[tuple[int, 
             )
         with _naming(index):
             pixels = _channels_first(raw_bytes(image)[np.newaxis], kind.layout)
-            block.append(pixels.reshape(kind.channels, -1))
+            block.append(pixels.reshape(kind.channels, math.prod(pixels.shape[1:])))
         held += block[-1].nbytes
         full = held >= BLOCK_BYTES or len(block) == BLOCK_SAMPLES
         if len(block) == batch_size or (batch_size is None and full):

@@ -7,11 +7,13 @@ kernels either look the value up or evaluate an arithmetic form that gives every
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from gpupipe.errors import InputError
 
 Layout = Literal["NHWC", "NCHW", "NHW"]
 """Where the channel lies in a batch of raw images; ``"NHW"`` has one channel and no axis for it."""
@@ -24,6 +26,30 @@ Rows = NDArray[np.int64] | torch.Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 """Output dtypes that the kernels write."""
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_output(dtype: Any, memory_format: Any) -> None:
+    """Refuse at once an output that cannot be asked for.
+
+    Args:
+        dtype: a floating-point dtype that the kernels write; None: as the transform returns it.
+        memory_format: contiguous or channels_last.
+
+    Raises:
+        InputError: another one.
+    """
+    if dtype is not None and dtype not in _FLOATS:
+        raise InputError(
+            f"dtype must be torch.float32, float16 or bfloat16, got {dtype!r}; "
+            "convert to others in the training step"
+        )
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise InputError(
+            "memory_format must be torch.contiguous_format or torch.channels_last, "
+            f"got {memory_format!r}; choose one of them"
+        )
 
 
 @dataclass(frozen=True, eq=False)

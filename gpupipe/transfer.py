@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gpupipe.errors import DeviceError, GpupipeError, GpupipeWarning, InputError
+from gpupipe import notices
+from gpupipe.errors import DeviceError, GpupipeError, InputError
 from gpupipe.staging import FeedSpec, Ring, Slot, SlotState
 
 if TYPE_CHECKING:
@@ -156,11 +156,9 @@ class Producer:
             if thread.is_alive():
                 self._orphaned = True
                 if not self._finished:
-                    warnings.warn(
+                    notices.warn(
                         f"a read has not returned for {CLOSE_TIMEOUT_S:g} s after close(); its "
-                        "thread and its memory go when it does",
-                        GpupipeWarning,
-                        stacklevel=2,
+                        "thread and its memory go when it does"
                     )
                     return
         self._release()

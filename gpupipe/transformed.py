@@ -48,6 +48,13 @@ class Transformed(Dataset[Any]):
         """Return one sample."""
         return apply_to_image(self.dataset[index], self.transform)
 
+    def __getattr__(self, name: str) -> Any:
+        """Have ``__getitems__`` where the dataset has it: torch reads whole batches by it."""
+        if name != "__getitems__":
+            raise AttributeError(name)
+        read = self.dataset.__getitems__
+        return lambda indices: [apply_to_image(sample, self.transform) for sample in read(indices)]
+
 
 class TransformedIterable(IterableDataset[Any]):
     """As ``Transformed``, for an iterable dataset."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import random
+import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count, zip_longest
 from typing import Any
 
 import numpy as np
@@ -12,11 +16,12 @@ import torch
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import IterableDataset
 
-from gpupipe import trees
+from gpupipe import devices, trees
 from gpupipe.batch import restyle
-from gpupipe.errors import InputError, VerificationError
+from gpupipe.errors import GpupipeWarning, InputError, VerificationError
 from gpupipe.loader import DataLoader
 from gpupipe.operators.pointwise import same_bits
+from gpupipe.rng import RngState
 from gpupipe.transformed import Transformed
 
 
@@ -90,11 +95,13 @@ def verify(loader: DataLoader[Any], samples: int = 256, seed: int = 0) -> Verifi
     """Compare samples of a loader with what torchvision itself makes of them.
 
     The reference is torch's own loader over the same dataset, transform and collate_fn, seeded
-    alike; samples that were not fused are compared too.
+    alike; samples that were not fused are compared too. The global generators end as they began,
+    and the loader's warnings are left for the loader to say.
 
     Args:
         loader: its own order is not used and its samplers are not touched.
-        samples: how many, drawn at random; all if the dataset has fewer.
+        samples: how many, drawn at random; all if the dataset has fewer. Of an
+            ``IterableDataset`` the first ones, in whole batches.
         seed: for the choice, and for random operators before the fused part.
 
     Raises:
@@ -106,13 +113,23 @@ def verify(loader: DataLoader[Any], samples: int = 256, seed: int = 0) -> Verifi
         )
     if samples < 1:
         raise InputError(f"samples must be 1 or more, got {samples}")
-    ours, theirs = _loaders(loader, samples, seed)
-    limit = -(-samples // (loader.batch_size or 1)) if loader.batch_sampler is None else None
+    if loader.device is None or isinstance(loader.device, (str, int, torch.device)):
+        devices.resolve(loader.device)  # what it warns of, it says once in a process: let it
+    before = RngState.now()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GpupipeWarning)  # the loader says them to its user
+            return _verify(loader, samples, seed)
+    finally:
+        before.restore()
+
+
+def _verify(loader: DataLoader[Any], samples: int, seed: int) -> Verification:
+    ours, theirs, limit = _loaders(loader, samples, seed)
     totals: dict[str, list[Row]] = {}
-    pairs = zip(_run(ours, seed, limit), _run(theirs, seed, limit), strict=True)
-    for mine, their in pairs:
-        their = restyle(their, loader.dtype, loader.memory_format)  # noqa: PLW2901 # as was asked for
-        for row in _compare(mine, their):
+    for mine, their in zip_longest(_run(ours, seed, limit), _run(theirs, seed, limit)):
+        styled = restyle(their, loader.dtype, loader.memory_format)  # as was asked for
+        for row in _compare(mine, styled):
             totals.setdefault(row.path, []).append(row)
     plan = ours.plan
     rows = tuple(_sum(rows) for rows in totals.values())
@@ -121,18 +138,26 @@ def verify(loader: DataLoader[Any], samples: int = 256, seed: int = 0) -> Verifi
 
 def _loaders(
     loader: DataLoader[Any], samples: int, seed: int
-) -> tuple[DataLoader[Any], TorchDataLoader[Any]]:
-    """Return a gpupipe and a torch loader over the same chosen batches."""
+) -> tuple[DataLoader[Any], TorchDataLoader[Any], int | None]:
+    """Return a gpupipe and a torch loader over the same samples, and how many batches to compare.
+
+    None: all of them.
+    """
     dataset: Any = loader.dataset
     shared: dict[str, Any] = {"collate_fn": loader.collate_fn}
-    if isinstance(dataset, IterableDataset) or loader.batch_sampler is None:
+    limit = None
+    if isinstance(dataset, IterableDataset):
         shared |= {"batch_size": loader.batch_size}
+        limit = -(-samples // (loader.batch_size or 1))
     else:
         rng = np.random.default_rng(seed)
         length = len(dataset)
         chosen = rng.choice(length, min(samples, length), replace=False).tolist()
-        size = loader.batch_size or 32
-        shared["batch_sampler"] = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+        if loader.batch_sampler is None:
+            shared |= {"batch_size": None, "sampler": chosen}
+        else:
+            size = loader.batch_size or 32
+            shared["batch_sampler"] = [chosen[i : i + size] for i in range(0, len(chosen), size)]
     ours = DataLoader(
         dataset,
         **shared,
@@ -145,42 +170,82 @@ def _loaders(
     reference = dataset
     if callable(loader.transform):
         reference = Transformed.of(dataset, loader.transform)
-    return ours, TorchDataLoader(reference, **shared)
+    return ours, TorchDataLoader(reference, **shared), limit
 
 
 def _run(loader: TorchDataLoader[Any], seed: int, limit: int | None) -> Iterator[Any]:
-    """Yield batches, seeded one by one; the generators end as they began."""
-    states = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002 # the user's transforms draw from it
-    try:
-        iterator = iter(loader)
-        number = 0
-        while limit is None or number < limit:
-            random.seed(seed + number)
-            np.random.seed(seed + number)  # noqa: NPY002 # likewise
-            torch.manual_seed(seed + number)
-            try:
-                yield next(iterator)
-            except StopIteration:
-                return
-            number += 1
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002 # likewise
-        torch.set_rng_state(states[2])
+    """Yield at most ``limit`` batches, the generators seeded before each."""
+    _seed(seed)
+    iterator = iter(loader)
+    for number in count() if limit is None else range(limit):
+        _seed(seed + number)
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        yield batch
+
+
+def _seed(seed: int) -> None:
+    """Seed what ``RngState`` restores, and nothing else: CUDA's generators stay as they are."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 # what the user's transforms draw from
+    torch.default_generator.manual_seed(seed)
 
 
 def _compare(mine: Any, their: Any) -> Iterator[Row]:
-    """Compare two batches leaf by leaf."""
-    ours = {path: leaf for path, leaf in trees.walk(mine) if not trees.children(leaf)}
-    theirs = {path: leaf for path, leaf in trees.walk(their) if not trees.children(leaf)}
-    for path in ours.keys() | theirs.keys():
+    """Compare two batches leaf by leaf, in the order of the reference's."""
+    ours, theirs = _leaves(mine), _leaves(their)
+    for path in dict.fromkeys((*theirs, *ours)):
         name = trees.show(path, "batch")
-        a, b = ours.get(path), theirs.get(path)
+        a, b = _as_tensor(ours.get(path)), _as_tensor(theirs.get(path))
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
             yield _row(name, a.detach().cpu(), b.detach().cpu())
-        else:
-            same = type(a) is type(b) and bool(a == b)
-            yield Row(name, type(b).__name__, (), 1, int(not same), 0.0 if same else float("inf"))
+            continue
+        single = not (_is_strings(a) and _is_strings(b))
+        pairs = list(zip_longest([a] if single else a, [b] if single else b))
+        different = sum(not _same(*pair) for pair in pairs)
+        kind = type(b if single else b[0]).__name__
+        yield Row(name, kind, (), len(pairs), different, float("inf") if different else 0.0)
+
+
+def _leaves(batch: Any) -> dict[trees.Path, Any]:
+    """Return what lies where in a batch; strings, which torch collates to a list, as that list."""
+    nodes = dict(trees.walk(batch))
+    return {
+        path: node
+        for path, node in nodes.items()
+        if (_is_strings(node) or not trees.children(node))
+        and not _is_strings(nodes[path[:-1]])
+        or (not path and _is_strings(node))
+    }
+
+
+def _is_strings(node: Any) -> bool:
+    plain = type(node) in (list, tuple) and len(node) > 0
+    return plain and all(isinstance(item, (str, bytes)) for item in node)
+
+
+def _as_tensor(leaf: Any) -> Any:
+    """Return an array as a tensor, where torch has its dtype; all else as it is."""
+    if not isinstance(leaf, np.ndarray):
+        return leaf
+    try:
+        return torch.from_numpy(leaf.copy())
+    except TypeError:  # strings, objects
+        return leaf
+
+
+def _same(mine: Any, their: Any) -> bool:
+    """Whether two leaves that are no tensors are equal, or, where ``==`` does not tell, pickled."""
+    if type(mine) is not type(their):
+        return False
+    with suppress(Exception):  # foreign code
+        if (mine == their) is True:
+            return True
+    with suppress(Exception):
+        return pickle.dumps(mine) == pickle.dumps(their)
+    return False
 
 
 def _row(path: str, mine: torch.Tensor, their: torch.Tensor) -> Row:
@@ -191,8 +256,16 @@ def _row(path: str, mine: torch.Tensor, their: torch.Tensor) -> Row:
     if not their.ndim:
         mine, their = mine[None], their[None]
     different = sum(not same_bits(a, b) for a, b in zip(mine, their, strict=True))
-    worst = float((mine.double() - their.double()).abs().max()) if their.numel() else 0.0
-    return Row(path, dtype, tuple(their.shape[1:]), len(their), different, worst)
+    return Row(path, dtype, tuple(their.shape[1:]), len(their), different, _worst(mine, their))
+
+
+def _worst(mine: torch.Tensor, their: torch.Tensor) -> float:
+    """Return the largest absolute difference; infinity where only one of two is NaN."""
+    wide = torch.complex128 if their.is_complex() else torch.float64
+    mine, their = mine.to(wide), their.to(wide)
+    unequal = (mine != their) & ~(mine.isnan() & their.isnan())
+    gaps = (mine - their).abs()[unequal].nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return float(gaps.max()) if gaps.numel() else 0.0
 
 
 def _sum(rows: list[Row]) -> Row:

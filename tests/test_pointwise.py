@@ -346,17 +346,14 @@ def test_where_a_pipeline_is_cut(transform: Any, fused: int, positions: list[str
 
 
 def test_a_container_with_hooks_is_left_alone() -> None:
-    """A hook on nn.Sequential could do anything; one on an operator is part of the table."""
+    """A hook could do anything, once per sample: neither container nor operator is fused then."""
     sequence = nn.Sequential(*V2[1:])
     sequence.register_forward_hook(lambda _module, _args, output: output.flip(-1))
     assert cut(sequence).fused_calls == []
     normalize = v2.Normalize(MEAN, STD)
     normalize.register_forward_hook(lambda _module, _args, output: output * 2)
     transform = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize])
-    lookup = specify(cut(transform), RGB)
-    reference.assert_same_bits(
-        looked_up(lookup, ramp(3)), reference.images(transform, ramp(3)).contiguous()
-    )
+    assert cut(transform).fused_calls == []
 
 
 def test_the_plan_prints_where_everything_runs() -> None:

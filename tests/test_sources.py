@@ -21,8 +21,9 @@ from torch.utils.data import (
 )
 from torchvision import datasets, tv_tensors
 
+from gpupipe.array_dataset import ArrayDataset
 from gpupipe.errors import IndexRangeError, SourceError
-from gpupipe.sources import ArrayDataset, ArraySource, resolve
+from gpupipe.sources import ArraySource, resolve
 from tests import reference
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def mnist(kind: type = datasets.MNIST, **attributes: Any) -> Any:
 def qmnist(**attributes: Any) -> Any:
     """Eight targets an image, of which the first is the label."""
     targets = torch.from_numpy(np.stack([labels(seed=s) for s in range(8)], axis=1))
-    return mnist(datasets.QMNIST, targets=targets, compat=True, **attributes)
+    return mnist(datasets.QMNIST, **({"targets": targets, "compat": True} | attributes))
 
 
 def cifar(kind: type = datasets.CIFAR10, **attributes: Any) -> Any:
@@ -238,6 +239,23 @@ def test_cifar_as_it_is_loaded_can_be_read_in_place() -> None:
     assert not array_source(ConcatDataset([cifar(), cifar()])).in_place
 
 
+def test_place(tmp_path: Path) -> None:
+    """A memmap, a view of one and one of several parts lie on disk; a memmap's copy does not."""
+    np.save(tmp_path / "images.npy", pixels(COUNT, HEIGHT, WIDTH))
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    read = mapped.copy()
+    assert isinstance(read, np.memmap)
+    disk, memory = "on disk (memmap)", "in memory"
+    for images, place in (
+        *((mapped, disk), (mapped[2:], disk), (np.asarray(mapped)[::2], disk)),
+        *((read, memory), (mapped[[1, 2]], memory), (pixels(COUNT, HEIGHT, WIDTH), memory)),
+    ):
+        assert array_source(ArrayDataset(images)).place == place
+    both: Any = ConcatDataset([ArrayDataset(read), ArrayDataset(mapped)])
+    assert array_source(both).place == disk
+    assert array_source(cifar()).place == array_source(mnist()).place == memory
+
+
 def test_parts_of_different_layouts() -> None:
     """Loaded CIFAR beside edited CIFAR: one view, one contiguous array."""
     both: Any = ConcatDataset([cifar(), cifar(data=pixels(COUNT, HEIGHT, WIDTH, 3, seed=5))])
@@ -319,12 +337,15 @@ def test_labels_in_lists_and_tensors(values: Any) -> None:
         ["name"] * COUNT,
         [None] * COUNT,
         [2**70] * COUNT,
+        [2**63 + i for i in range(COUNT)],
+        [*range(COUNT - 1), 2**63],
+        [*range(-1, COUNT - 2), 2**63],
         torch.arange(COUNT, dtype=torch.bfloat16),
         torch.arange(COUNT * 1.0).requires_grad_(),
     ],
     ids=[
         *("float first", "float last", "lists", "ragged", "tuples", "strings", "None", "large"),
-        *("bfloat16", "gradient"),
+        *("beyond int64", "last beyond int64", "one beyond int64", "bfloat16", "gradient"),
     ],
 )
 def test_labels_that_no_column_can_hold(values: Any) -> None:
@@ -336,6 +357,9 @@ def test_targets_of_mnist_that_int_changes() -> None:
     """Float and two-dimensional targets of MNIST go through ``dataset[i]``."""
     assert "labels" in reason(mnist(targets=torch.rand(COUNT)))
     assert "labels" in reason(mnist(targets=torch.zeros(COUNT, 1, dtype=torch.int64)))
+    assert "labels" in reason(mnist(targets=[2**63 + i for i in range(COUNT)]))
+    assert "labels" in reason(svhn(labels=np.full(COUNT, 2**63, np.uint64)))
+    assert_reads_as_samples(svhn(labels=labels().astype(np.uint64)))
     assert "targets" in reason(mnist(datasets.QMNIST, compat=False))
 
 
@@ -357,6 +381,12 @@ def test_target_transform(name: str) -> None:
     expected = [both[index][1] for index in indices]
     assert ours == expected
     assert [(type(s), s) for s in got] == [(type(s), s) for s in seen]
+
+
+def test_target_transform_without_labels() -> None:
+    """The dataset never calls it, and neither does its part."""
+    dataset = ArrayDataset(pixels(COUNT, 9, 7), None, target_transform=lambda _: 1 // 0)
+    assert assert_reads_as_samples(dataset).first.target_transform is None
 
 
 @pytest.mark.parametrize("replaced", [torch.arange(COUNT), np.arange(COUNT), list(range(COUNT))])
@@ -429,6 +459,21 @@ def test_an_overridden_length() -> None:
             assert "another length" in reason(wrapped)
 
 
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_concat_dataset_whose_member_changed(change: int) -> None:
+    """It goes by the lengths that it saw when it was made, behind wrappers, too."""
+    rows = list(range(5))
+    both: Any = ConcatDataset([Subset(mnist(), rows), mnist()])
+    assert len(array_source(both)) == 5 + COUNT
+    rows[:] = range(5 + change)
+    wrapped: Any
+    for wrapped in (both, Subset(both, [0]), ConcatDataset([both])):
+        assert "other lengths" in reason(wrapped)
+    more: Any = ConcatDataset([mnist(), mnist()])
+    more.datasets.append(mnist())
+    assert "other lengths" in reason(more)
+
+
 @pytest.mark.parametrize("indices", [[0, COUNT], [-COUNT - 1], np.array([3, 99])])
 def test_subset_out_of_range(indices: Any) -> None:
     """The error names the index and how many samples there are."""
@@ -467,6 +512,37 @@ def test_data_that_is_no_uint8_image() -> None:
             ArrayDataset(images)
         with pytest.raises(SourceError, match=r"dataset must be uint8 \[N, H, W, C\]"):
             resolve(images)
+
+
+@pytest.mark.parametrize("name", [*(name for name in MAKE if "MNIST" in name), "CIFAR10", "SVHN"])
+def test_data_replaced_by_a_list(name: str) -> None:
+    """``dataset.data = [dataset.data[i] for i in keep]`` goes through ``dataset[i]``."""
+    dataset = MAKE[name]()
+    keep = [0, 3, 4]
+    dataset.data = [dataset.data[i] for i in keep]
+    assert "its data is of type list" in reason(dataset)
+    assert "its data is of type list" in reason(Subset(dataset, [1]))
+    column = "labels" if name == "SVHN" else "targets"
+    setattr(dataset, column, [getattr(dataset, column)[i] for i in keep])
+    assert reason(dataset)
+    assert len([dataset[i] for i in range(len(dataset))]) == len(keep)
+
+
+def test_other_things_replaced_by_lists_and_strangers() -> None:
+    """What the dataset's own ``__getitem__`` may refuse is left to it to refuse."""
+    assert "type ndarray, not Tensor" in reason(mnist(data=pixels(COUNT, 9, 7)))
+    assert "type Tensor, not ndarray" in reason(cifar(data=torch.from_numpy(pixels(5, 9, 7, 3))))
+    assert "type Tensor, not ndarray" in reason(svhn(data=torch.from_numpy(pixels(5, 3, 9, 7))))
+    assert "meta" in reason(mnist(data=torch.zeros(5, 9, 7, dtype=torch.uint8, device="meta")))
+    assert "labels" in reason(cifar(targets=None))
+    assert "labels" in reason(qmnist(targets=list(torch.zeros(COUNT, 8, dtype=torch.int64))))
+    dataset: Any = ArrayDataset(pixels(COUNT, 9, 7), labels())
+    dataset.labels = labels().tolist()
+    assert_reads_as_samples(dataset)
+    dataset.labels = ["name"] * COUNT
+    assert "labels" in reason(dataset)
+    dataset.images = list(dataset.images)
+    assert "its images are of type list" in reason(dataset)
 
 
 def test_tensors_that_numpy_cannot_view() -> None:
@@ -546,6 +622,15 @@ def test_an_empty_dataset() -> None:
     empty = TensorDataset(torch.zeros(0, 3, 9, 7, dtype=torch.uint8), torch.zeros(0))
     assert len(array_source(empty)) == 0
     assert len(array_source(ConcatDataset([empty, empty]))) == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 3), (9, 0, 3), (0, 0, 3), (9, 0), (9, 7, 0)])
+def test_images_without_pixels(shape: tuple[int, ...]) -> None:
+    """They go through ``dataset[i]``: no kernel sees an image of no size."""
+    images = pixels(COUNT, *shape)
+    both: Any = ConcatDataset([ArrayDataset(images)] * 2)
+    for dataset in (images, ArrayDataset(images), TensorDataset(torch.from_numpy(images)), both):
+        assert reason(dataset) == "its images have no pixels"
 
 
 def test_array_dataset_applies_its_transforms() -> None:

@@ -34,8 +34,8 @@ from torchvision import datasets
 from torchvision.transforms import Normalize, ToTensor
 
 from gpupipe import stats
+from gpupipe.array_dataset import ArrayDataset
 from gpupipe.errors import IndexRangeError, InputError, SourceError
-from gpupipe.sources import ArrayDataset
 from gpupipe.stats import ChannelStats, channel_stats
 
 Pixels = NDArray[np.uint8]
@@ -306,11 +306,26 @@ def test_bad_arguments() -> None:
     images = draw(3, 4, 4)
     with pytest.raises(InputError, match=r"got DataLoader; of a loader, pass loader.dataset"):
         channel_stats(DataLoader(ArrayDataset(images)))
-    for wrong in (0, -1, 2.5, "8"):
+    for wrong in (0, -1, 2.5, "8", True, np.True_, np.int64(0), np.arange(3)):
         with pytest.raises(InputError, match="batch_size must be a positive int or None, got"):
             channel_stats(images, batch_size=wrong)  # type: ignore[arg-type] # that is the point
     with pytest.raises(IndexRangeError, match="index 3"):
         channel_stats(Subset(ArrayDataset(images), [3]))
+
+
+def test_any_integer_is_a_batch_size() -> None:
+    """NumPy's integers are integers."""
+    images = draw(5, 4, 4)
+    for dataset in (images, Samples(list(images))):
+        assert channel_stats(dataset, batch_size=np.int64(4)) == channel_stats(images)  # type: ignore[arg-type] # no int to mypy
+
+
+def test_data_replaced_by_a_list() -> None:
+    """Images picked into a list are counted one by one."""
+    images = draw(5, 4, 4, 3)
+    dataset: Any = ArrayDataset(images, np.arange(5))
+    dataset.images = [images[i] for i in (0, 3)]
+    check(channel_stats(dataset), images[[0, 3]])
 
 
 def test_a_sample_that_cannot_be_read(tmp_path: Path) -> None:

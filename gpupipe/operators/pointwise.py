@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 from torchvision import transforms as v1
 
-from gpupipe.errors import GpupipeWarning, PlanError
+from gpupipe import notices
+from gpupipe.errors import PlanError
 from gpupipe.tables import DTYPES, Lookup
 
 if TYPE_CHECKING:
@@ -93,14 +95,22 @@ def is_pointwise_type(kind: type) -> bool:
     return is_a(kind, _FROM_UINT8 + _NORMALIZE)
 
 
+def is_plain(operator: Any) -> bool:
+    """Whether a call runs the code of the class alone: no hook, no ``forward`` of the instance."""
+    if not isinstance(operator, nn.Module):
+        return True
+    hooks = operator._forward_hooks or operator._forward_pre_hooks  # noqa: SLF001 # no public way
+    return not hooks and "forward" not in vars(operator)
+
+
 def is_pointwise(operator: Any) -> bool:
     """Whether ``operator`` belongs to this family; subclasses do not."""
-    return is_pointwise_type(type(operator)) or is_marked(operator)
+    return (is_pointwise_type(type(operator)) and is_plain(operator)) or is_marked(operator)
 
 
 def takes_uint8(operator: Any) -> bool:
     """Whether ``operator`` is of this family and may be the first one that sees raw pixels."""
-    return is_a(type(operator), _FROM_UINT8) or is_marked(operator)
+    return is_pointwise(operator) and not is_a(type(operator), _NORMALIZE)
 
 
 def run(operators: Sequence[Callable[[Any], Any]], image: Any) -> Any:
@@ -111,7 +121,10 @@ def run(operators: Sequence[Callable[[Any], Any]], image: Any) -> Any:
 
 
 def tabulate(
-    operators: Sequence[Callable[[Any], Any]], kind: ImageKind, dtype: torch.dtype | None = None
+    operators: Sequence[Callable[[Any], Any]],
+    kind: ImageKind,
+    dtype: torch.dtype | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Lookup:
     """Specify pointwise operators by their values at all levels, and check that they are pointwise.
 
@@ -119,17 +132,17 @@ def tabulate(
         operators: in order; the first takes the raw image.
         kind: how the image is given.
         dtype: round the result to this; default: as the operators return it.
+        size: height and width of the images to come, on which a marked callable is tried, too.
 
     Raises:
         PlanError: wrong constants, or a callable that is marked pointwise and is not.
         Refusal: a result that no kernel writes, such as float64 or another number of channels.
     """
     check_constants(operators, kind)
-    levels = np.arange(LEVELS, dtype=np.uint8).reshape(8, 32, 1).repeat(kind.channels, 2)
-    result = _call(operators, kind, levels)
-    values = result.reshape(kind.channels, LEVELS)
+    values = levels(operators, kind)
     rng = np.random.default_rng(0)
-    for height, width in _PROOF_SIZES:
+    marked = size is not None and 0 not in size and any(map(is_marked, operators))
+    for height, width in (*_PROOF_SIZES, *([size] if marked and size else [])):
         pixels = rng.integers(0, LEVELS, (height, width, kind.channels), np.uint8)
         given = _call(operators, kind, pixels).reshape(kind.channels, height, width)
         where = torch.from_numpy(pixels.astype(np.int64)).permute(2, 0, 1)
@@ -143,6 +156,16 @@ def tabulate(
     if values.dtype not in DTYPES:
         raise Refusal(f"the result is {values.dtype}; kernels write {_names(DTYPES)}")
     return Lookup(values, fit(operators, values))
+
+
+def levels(operators: Sequence[Callable[[Any], Any]], kind: ImageKind) -> torch.Tensor:
+    """Return what torchvision makes of all levels, [channels, 256].
+
+    Raises:
+        Refusal: the operators do not take such images.
+    """
+    ramp = np.arange(LEVELS, dtype=np.uint8).reshape(8, 32, 1).repeat(kind.channels, 2)
+    return _call(operators, kind, ramp).reshape(kind.channels, LEVELS)
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -176,6 +199,8 @@ def _call(
             f"the result has shape {tuple(result.shape)} for an image of shape "
             f"{(channels, height, width)}"
         )
+    if result.requires_grad:
+        raise Refusal("the result requires a gradient, which a kernel cannot give")
     return result.detach().as_subclass(torch.Tensor).clone()
 
 
@@ -256,7 +281,7 @@ def _check_scale(
         )
     else:
         return
-    warnings.warn(text, GpupipeWarning, stacklevel=2)
+    notices.warn(text)
 
 
 def fit(operators: Sequence[Any], values: torch.Tensor) -> NDArray[np.float32] | None:
