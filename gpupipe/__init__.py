@@ -1,5 +1,12 @@
 """Your torchvision pipeline, compiled to one CUDA kernel. Same bits."""
 
+import gc
+
+# After torch's imports a full collection is due, and the next few thousand objects set it off:
+# 0.2 s over torch's objects, amid 50 ms of imports. Let it come later, with the user's own objects.
+_collecting = gc.isenabled()
+gc.disable()
+
 from gpupipe._version import __version__
 from gpupipe.array_dataset import ArrayDataset
 from gpupipe.errors import (
@@ -42,6 +49,10 @@ __all__ = [
     "pointwise",
     "verify",
 ]
+
+if _collecting:
+    gc.enable()
+del _collecting, gc
 
 for _name in __all__:
     if hasattr(globals()[_name], "__module__"):

@@ -212,12 +212,11 @@ def _compare(mine: Any, their: Any) -> Iterator[Row]:
 def _leaves(batch: Any) -> dict[trees.Path, Any]:
     """Return what lies where in a batch; strings, which torch collates to a list, as that list."""
     nodes = dict(trees.walk(batch))
+    lists = {path for path, node in nodes.items() if _is_strings(node)}
     return {
         path: node
         for path, node in nodes.items()
-        if (_is_strings(node) or not trees.children(node))
-        and not _is_strings(nodes[path[:-1]])
-        or (not path and _is_strings(node))
+        if path in lists or (path[:-1] not in lists and not trees.children(node))
     }
 
 

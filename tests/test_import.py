@@ -11,13 +11,11 @@ import sys
 import pytest
 
 # torch comes first and once: what is measured is what gpupipe adds to it. Forked children then
-# import gpupipe, each for the first time. The collector rests: a full collection walks torch's
-# objects, 0.2 s in a forked child, whatever import happens to be under way.
+# import gpupipe, each for the first time.
 IMPORTS = """
 import gc, json, os, sys, time
 import torch, torchvision
 
-gc.disable()
 initialised = []
 torch.cuda._lazy_init = lambda: initialised.append("torch.cuda._lazy_init")
 
@@ -29,6 +27,7 @@ for _ in range(7):
         import gpupipe
         seconds = time.process_time() - begin
         foreign = sorted({"numba", "llvmlite", "cupy"} & set(sys.modules))
+        assert gc.isenabled()
         cuda = initialised + ["a CUDA context"] * torch.cuda.is_initialized()
         os.write(writer, json.dumps([seconds, foreign, cuda]).encode())
         os._exit(0)

@@ -54,7 +54,7 @@ def test_operators_changed_between_epochs_hold(make: Any) -> None:
     mean = torch.tensor([0.28601])
     normalize = T.Normalize(mean, torch.tensor([0.353]))
     to_dtype = v2.ToDtype(torch.float32, scale=True)
-    for transform, change in (
+    cases: list[tuple[Any, Any]] = [
         (T.Compose([T.ToTensor(), gain]), lambda: setattr(gain, "gain", 3.0)),
         (
             T.Compose([T.ToTensor(), normalize]),
@@ -64,7 +64,8 @@ def test_operators_changed_between_epochs_hold(make: Any) -> None:
             v2.Compose([v2.ToImage(), to_dtype]),
             lambda: setattr(to_dtype, "dtype", torch.float16),
         ),
-    ):
+    ]
+    for transform, change in cases:
         dataset = make(transform=transform)
         loader = gpupipe.DataLoader(dataset, batch_size=9)
         for _ in range(2):
