@@ -16,10 +16,9 @@ from gpupipe.errors import InputError
 from gpupipe.plan import Plan
 from gpupipe.routes import EpochBatches
 from gpupipe.state import Settings, State
+from gpupipe.tables import check_output
 
 T = TypeVar("T")
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 Auto = Literal["auto"]
 Device = str | int | torch.device | None
@@ -231,15 +230,6 @@ def _check_arguments(
         raise InputError(
             f'transform must be "auto", a callable or None, got {transform!r}; pass a Compose'
         )
-    if dtype is not None and dtype not in _FLOATS:
-        raise InputError(
-            f"dtype must be torch.float32, float16 or bfloat16, got {dtype}; "
-            "convert to others in the training step"
-        )
-    if memory_format not in (torch.contiguous_format, torch.channels_last):
-        raise InputError(
-            f"memory_format must be torch.contiguous_format or torch.channels_last, "
-            f"got {memory_format}; choose one of them"
-        )
+    check_output(dtype, memory_format)
     if cache not in (None, "device"):
         raise InputError(f'cache must be None or "device", got {cache!r}; leave it out')

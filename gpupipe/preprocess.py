@@ -138,7 +138,7 @@ class Preprocess(nn.Module):
     ) -> tuple[ImageKind, Lookup]:
         """Specify the transform for images as they came, else as PIL images of them."""
         kinds = [ImageKind("ndarray" if array else "tensor", channels, layout)]
-        mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
+        mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}.get(channels)
         if mode is not None:
             kinds.append(ImageKind("PIL", channels, "NHW" if channels == 1 else "NHWC", mode))
         reasons = []
@@ -147,7 +147,8 @@ class Preprocess(nn.Module):
                 return kind, specify(self._pipeline, kind, self._dtype, size)
             except Refusal as refusal:
                 reasons.append(str(refusal))
-        raise PlanError(f"the transform cannot be compiled: {reasons[0]}; use it as it is")
+        why = "; ".join(dict.fromkeys(reasons))
+        raise PlanError(f"the transform cannot be compiled: {why}; use it as it is")
 
 
 def compile(  # noqa: A001 # the word that torch.compile taught
