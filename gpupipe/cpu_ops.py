@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gpupipe.geometry import check
-from gpupipe.threads import split
+from gpupipe.threads import available, split
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +24,11 @@ STREAMING_BYTES = 16 << 20
 
 THREAD_BYTES = 256 << 10
 """A helper thread is woken for at least this much output."""
+
+SMALL_BATCH_BYTES = 2 << 20
+FEW_CPUS = 2
+"""One helper does not pay for batches below this size, which are soon handed out: by the time it
+has woken and the halves have met again, the caller could have gone on alone (``docs/cpu.md``)."""
 
 MAX_VECTOR_CHANNELS = 4
 
@@ -75,7 +80,14 @@ def normalize(
             table, 0 if constants is None else constants.ctypes.data,
         )  # fmt: skip
 
-    split(run, g.count, None if written >= 2 * THREAD_BYTES else 1)
+    split(run, g.count, _threads(written, len(outputs)))
+
+
+def _threads(written: int, outputs: int) -> int | None:
+    """Return on how many threads to write so many bytes; None: on all."""
+    if written < 2 * THREAD_BYTES:
+        return 1
+    return 1 if written < outputs * SMALL_BATCH_BYTES and available() <= FEW_CPUS else None
 
 
 def _streams(pixels: int, addresses: NDArray[np.int64], written: int) -> bool:

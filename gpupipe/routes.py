@@ -32,7 +32,7 @@ from gpupipe.staging import Column, FeedSpec
 from gpupipe.tables import Layout, Lookup
 from gpupipe.transfer import Batch, StagedFeed
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 8 << 20
 """Outputs that one launch makes at most, of several batches."""
 
 MAX_CHUNK = 32
@@ -135,11 +135,10 @@ class Batches(EpochBatches):
         """Read indices, as far ahead as nobody can tell, and ask for their batches."""
         while len(self._sizes) < self._depth and self._may_read():
             batches: list[NDArray[np.int64]] = []
-            nbytes = 0
             try:
-                while not batches or self._goes_on(batches, nbytes):
-                    batches.append(self._read())
-                    nbytes += len(batches[-1]) * self._sample_bytes
+                batches.append(self._read())
+                for _ in range(self._more(len(batches[0]))):
+                    batches.append(self._read())  # noqa: PERF401 # what came before an error counts
             except Exception as error:  # noqa: BLE001 # raised once the batches before it are out
                 self._error = error
             self._chunk = min(2 * self._chunk, MAX_CHUNK)
@@ -159,15 +158,14 @@ class Batches(EpochBatches):
             )
         return batch
 
-    def _goes_on(self, batches: list[NDArray[np.int64]], nbytes: int) -> bool:
-        """Whether another batch fits into the same launch, and may be read already."""
-        fits = len(batches) < self._chunk and nbytes * (len(batches) + 1) <= CHUNK_BYTES * len(
-            batches
-        )
-        return fits and self._may_read(len(batches))
+    def _more(self, size: int) -> int:
+        """Return how many batches may join one of ``size`` images in its launch."""
+        room = CHUNK_BYTES // max(1, size * self._sample_bytes)
+        unseen = max(self._indices.ahead(), self._free_ahead - len(self._taken) - 1)
+        return max(0, min(self._chunk - 1, room - 1, unseen))
 
-    def _may_read(self, more: int = 0) -> bool:
-        ahead = len(self._taken) + more
+    def _may_read(self) -> bool:
+        ahead = len(self._taken)
         return ahead == 0 or self._indices.ahead() > 0 or ahead < self._free_ahead
 
     def close(self) -> None:

@@ -74,6 +74,11 @@ class _Pool:
 _POOL = _Pool()
 
 
+def available() -> int:
+    """Return how many threads share a job, the caller among them; counted once a process."""
+    return _POOL.parts
+
+
 class _Job:
     """Ranges of one call, taken one by one by the caller and by helpers that have the time."""
 
