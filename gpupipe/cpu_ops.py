@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from gpupipe.geometry import check
+from gpupipe.pauses import collector_paused
 from gpupipe.threads import available, split
 
 if TYPE_CHECKING:
@@ -107,18 +108,20 @@ def _kernel(
 
 @cache
 def _compiled_table(planar_in: bool, planar_out: bool, size: int) -> Kernel:
-    from gpupipe import cpu_kernels  # numba alone costs 0.3 s
+    with collector_paused():
+        from gpupipe import cpu_kernels  # numba alone costs 0.2 s
 
-    return cpu_kernels.table(planar_in, planar_out, size)
+        return cpu_kernels.table(planar_in, planar_out, size)
 
 
 @cache
 def _compiled_vector(
     channels: int, planar_in: bool, planar_out: bool, kind: int, streaming: bool
 ) -> Kernel:
-    from gpupipe import cpu_kernels  # numba alone costs 0.3 s
+    with collector_paused():
+        from gpupipe import cpu_kernels  # numba alone costs 0.2 s
 
-    return cpu_kernels.vector(channels, planar_in, planar_out, kind, streaming)
+        return cpu_kernels.vector(channels, planar_in, planar_out, kind, streaming)
 
 
 def _host_tables(
