@@ -5,7 +5,7 @@ else. Every contender's bits or values are checked first. Inputs and outputs rot
 memory than the L2 cache holds, contenders take turns, and each figure is the median of rounds with
 the spread between its quartiles.
 
-    python benchmarks/bench_normalize_cuda.py --json benchmarks/results/normalize_cuda.json
+    python -m benchmarks.bench_normalize_cuda --json benchmarks/results/normalize_cuda.json
 """
 
 from __future__ import annotations

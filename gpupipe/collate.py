@@ -252,7 +252,7 @@ def _difference(came: Any, expected: torch.Tensor) -> str:
     rows = {tuple(row.flatten().tolist()) for row in expected}
     if {tuple(row.flatten().tolist()) for row in came} <= rows:
         return "collate_fn reorders the images"
-    return "collate_fn changes or mixes the pixels (MixUp or CutMix? pass batch_transform=)"
+    return "collate_fn changes or mixes the pixels (MixUp or CutMix? apply it in the loop)"
 
 
 def _placeholders(

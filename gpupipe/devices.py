@@ -286,7 +286,7 @@ class CpuDevice:
         layout: Layout,
     ) -> None:
         """See ``Device``."""
-        from gpupipe import cpu_ops  # numba alone costs 0.3 s
+        from gpupipe import cpu_ops  # not needed before the first batch
 
         host_rows = None if rows is None else rows.numpy()
         cpu_ops.normalize(images.numpy(), host_rows, outputs, lookup, layout=layout)

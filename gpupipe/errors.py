@@ -45,4 +45,4 @@ class VerificationError(GpupipeError, AssertionError):
 
 
 class GpupipeWarning(UserWarning):
-    """Something works, but not as its author probably meant; said once."""
+    """Something works, but not as its author probably meant."""

@@ -75,7 +75,8 @@ class DataLoader(TorchDataLoader[T]):
         dtype: of the images: float32, float16 or bfloat16; None: as the transform returns them.
             The result is rounded once, as ``.to(dtype)`` does.
         memory_format: of the images, ``torch.contiguous_format`` or ``torch.channels_last``.
-        cache: ``"device"`` keeps the raw dataset on the GPU and gathers there.
+        cache: ``"device"`` keeps the raw dataset on the GPU and gathers there; pixels that are then
+            changed in place are not seen. On a CPU it changes nothing.
         strict: raise ``PlanError`` where an operator is not fused, instead of a warning.
         return_indices: yield ``(batch, indices)``, indices int64 [N] on the CPU.
 

@@ -54,7 +54,7 @@ if hasattr(os, "register_at_fork"):
 class OutputPool:
     """Hands out CPU tensors and reuses their memory after they have died.
 
-    Thread-safe. Memory that a live tensor uses is never counted, moved or freed here. What the
+    Thread-safe. Memory that a live tensor uses is never moved or freed here. What the
     pool remembers, idle or not, is at most ``keep_bytes``: beyond that it forgets first what was
     not asked for lately, and such memory is freed with its tensor.
 

@@ -24,7 +24,7 @@ Step = tuple[Literal["attribute", "key"], Hashable]
 """One step from an object to what it holds."""
 
 MARK = "__gpupipe_pointwise__"
-"""The attribute by which a user's callable says that it works pixel by pixel."""
+"""The attribute by which its author promises that a callable works pixel by pixel."""
 
 _NEVER = frozenset({"target_transform"})
 _OPAQUE = (str, bytes, type, ModuleType, FunctionType, MethodType, torch.Tensor)

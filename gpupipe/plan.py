@@ -48,7 +48,6 @@ class Operator:
 class Pipeline:
     """A transform, flattened and cut at ``cut``."""
 
-    original: Callable[[Any], Any]
     operators: tuple[Operator, ...]
     cut: int
 
@@ -108,7 +107,7 @@ def cut(transform: Callable[[Any], Any]) -> Pipeline:
     # A uint8 image stays one through PILToTensor; the first that takes uint8 begins the suffix.
     while start < len(operators) and not pointwise.takes_uint8(operators[start].call):
         start += 1
-    return Pipeline(transform, tuple(operators), start)
+    return Pipeline(tuple(operators), start)
 
 
 @dataclass
@@ -192,7 +191,7 @@ class Plan:
         return "not a torchvision operator; gpupipe.pointwise marks one that is pointwise"
 
     def __str__(self) -> str:
-        """Return the table that ``gpupipe explain`` prints."""
+        """Return it as lines of text; ``gpupipe explain`` makes a table of it."""
         lines = [f"source    {self.source or 'dataset[i]'}"]
         for position, name, where, why in self.rows():
             lines.append(f"{position:<9} {name}\n          {where}: {why}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
-import fcntl
 import gc
 import itertools
 import json
@@ -35,6 +34,9 @@ from gpupipe.images import ImageKind
 from gpupipe.places import Place, graph, install, places
 from gpupipe.recorder import Recorder, Session
 from gpupipe.sentinel import Call, Sentinel, Transform
+
+with suppress(ImportError):  # Windows, where there is no fork either and nothing is probed
+    import fcntl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -310,7 +312,10 @@ def _isolate(sending: int, timeout: float) -> None:
 
 
 def _own_offsets(except_for: int) -> None:
-    """Open every regular file anew: a read here must not move the offset that the parent has."""
+    """Open every regular file anew: a read here must not move the offset that the parent has.
+
+    Only where there is ``/proc``, so on Linux.
+    """
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
         descriptor = int(name)
         with suppress(OSError):

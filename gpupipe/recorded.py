@@ -15,16 +15,18 @@ from numpy.typing import NDArray
 from torch.utils.data import default_collate
 
 from gpupipe.batch import move
-from gpupipe.collate import CollateChanged, CollatePlan, CollateRefusal, fill, recognise
+from gpupipe.collate import CollateChanged, CollatePlan, CollateRefusal, recognise
 from gpupipe.devices import Device
 from gpupipe.errors import InputError, PlanError, SourceError
 from gpupipe.fetching import LiftedFetcher, is_batched, read
 from gpupipe.images import ImageKind, kind_of, raw_bytes
 from gpupipe.plan import Pipeline, Plan
-from gpupipe.routes import EpochBatches, as_indices, feed_spec
+from gpupipe.routes import EpochBatches, feed_spec
 from gpupipe.staging import FeedSpec
 from gpupipe.tables import Lookup
+from gpupipe.torch_route import as_indices
 from gpupipe.transfer import StagedFeed
+from gpupipe.trees import fill
 
 LookupFor = Callable[[ImageKind], Lookup | None]
 """Returns the proved pipeline for a kind of image, or None where torchvision has to do it."""

@@ -18,12 +18,13 @@ from gpupipe.plan import Plan
 from gpupipe.planning import Found, find
 from gpupipe.recorded import RecordedBatches
 from gpupipe.resident import DeviceImages
-from gpupipe.routes import ArrayRoute, EpochBatches, TorchRoute, feed_spec, finisher, proved
+from gpupipe.routes import ArrayRoute, EpochBatches, feed_spec, proved
 from gpupipe.sampling import IndexBatches, draw_base_seed, index_batches, start
 from gpupipe.sources import ArraySource
 from gpupipe.staging import Column
 from gpupipe.state import Settings, State, Table
 from gpupipe.tables import Layout, Lookup
+from gpupipe.torch_route import TorchRoute, finisher
 
 _DIFFERS = "the kernel differs from the installed torchvision on this machine"
 

@@ -22,9 +22,9 @@ from gpupipe.operators.pointwise import Refusal
 from gpupipe.plan import Pipeline, Plan, specify
 from gpupipe.probe import Verdict
 from gpupipe.resident import DeviceImages
-from gpupipe.routes import TorchRoute
 from gpupipe.sources import ArraySource
 from gpupipe.tables import Layout, Lookup
+from gpupipe.torch_route import TorchRoute
 
 MOST_TABLES = 16
 """Pipelines that are remembered; a transform that is new at each epoch does not pile up."""
@@ -123,6 +123,11 @@ class State:
         else:
             proofs = {}
         levels = pointwise.levels(pipeline.fused_calls, kind)
+        self.tables = [
+            table
+            for table in self.tables
+            if (table.kind, table.dtype) != (kind, dtype) or not pipeline.same_as(table.pipeline)
+        ]
         self.tables.append(Table(pipeline, kind, dtype, levels, lookup, proofs))
         del self.tables[:-MOST_TABLES]
         return self.tables[-1]

@@ -1,4 +1,4 @@
-"""The stream protocol: from index batches to batches on the device. It lives here and nowhere else.
+"""The stream protocol: from index batches to batches on the device, by way of pinned slots.
 
 A producer thread fills pinned slots and enqueues one copy per chunk on the copy stream. ``next``
 runs on the consumer's thread: it allocates the outputs on the consumer's current stream, launches

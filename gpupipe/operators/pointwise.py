@@ -20,6 +20,7 @@ from torchvision import transforms as v1
 
 from gpupipe import notices
 from gpupipe.errors import PlanError
+from gpupipe.places import MARK
 from gpupipe.tables import DTYPES, Lookup
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from gpupipe.images import ImageKind
 
 LEVELS = 256
-MARK = "__gpupipe_pointwise__"
-"""Attribute that says: the author promises that this callable is pointwise."""
 
 _NORMALIZE = ("Normalize",)
 _FROM_UINT8 = (
