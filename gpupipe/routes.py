@@ -2,7 +2,7 @@
 
 ``ArrayRoute``: raw pixels lie in arrays; gather and kernel, no Python per sample.
 ``recorded.RecordedBatches``: ``dataset[i]`` runs up to the raw image, the kernel does the rest.
-``torch_route.TorchRoute``: torch's own loader, transform and all; its batches are moved to the device.
+``torch_route.TorchRoute``: torch does it all; its batches are moved to the device.
 """
 
 from __future__ import annotations
