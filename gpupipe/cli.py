@@ -175,7 +175,7 @@ def show(plan: Plan, console: Console) -> None:
     lines = [("source", plan.source or "dataset[i]"), ("delivery", plan.delivery)]
     if plan.reason:
         lines.append(("note" if plan.fused else "not lifted", plan.reason))
-    lines += [("note", note) for note in plan.notes]
+    lines += [("note", f"{note} ({count} times)") for note, count in plan.notes.items()]
     if plan.deviations:
         lines.append(("deviations", f"{plan.deviations} samples took the original transform"))
     if plan.rows():

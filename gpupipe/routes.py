@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpupipe.batch import Assemble, assembler
+from gpupipe.batch import Assemble
 from gpupipe.devices import CpuDevice, Device
 from gpupipe.errors import GpupipeError, IndexRangeError, InputError
 from gpupipe.images import ImageKind
@@ -253,6 +253,7 @@ class ArrayRoute:
         source: ArraySource,
         spec: FeedSpec,
         plan: Plan,
+        assemble: Assemble,
         *,
         cached: DeviceImages | None,
     ) -> None:
@@ -261,7 +262,7 @@ class ArrayRoute:
         self._spec = spec
         self._plan = plan
         self._cached = cached
-        self._assemble, _ = assembler(source, device.torch_device)
+        self._assemble = assemble
 
     def iterate(self, indices: IndexBatches, free_ahead: int) -> Batches:
         """Begin an epoch.
@@ -271,13 +272,11 @@ class ArrayRoute:
             free_ahead: batches that may be read ahead whatever the sampler is.
         """
         spec, device = self._spec, self._device
-        resident = self._cached
-        host = HostImages(self._source) if isinstance(device, CpuDevice) else None
         feed: Feed
-        if resident is not None:
-            feed = ResidentFeed(device, spec, resident)
-        elif host is not None:
-            feed = ResidentFeed(device, spec, host)
+        if self._cached is not None:
+            feed = ResidentFeed(device, spec, self._cached)
+        elif isinstance(device, CpuDevice):
+            feed = ResidentFeed(device, spec, HostImages(self._source))
         else:
             feed = StagedFeed(device, spec, _ReadSource(self._source), depth=DEPTH)
         return Batches(

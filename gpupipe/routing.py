@@ -95,7 +95,8 @@ def _array_route(
         ", dataset on the device" if cached else ""
     )
     columns: tuple[Column, ...] = ()
-    if assembler(source, where)[1]:
+    assemble, with_columns = assembler(source, where)
+    if with_columns:
         columns = tuple(
             Column(column.shape[1:], torch.from_numpy(column[:0].copy()).dtype)
             for column in source.first.columns
@@ -109,7 +110,7 @@ def _array_route(
         settings.memory_format,
         columns,
     )
-    return ArrayRoute(device, source, spec, plan_, cached=cached)
+    return ArrayRoute(device, source, spec, plan_, assemble, cached=cached)
 
 
 def _recorded(

@@ -1,9 +1,9 @@
 """A few threads for kernels that release the GIL; the caller is one of them.
 
-Why not numba's ``prange``: its layer is chosen per process (OpenMP, TBB or workqueue, 6 to 180 us
-an empty launch), GNU OpenMP does not survive a fork, and workqueue refuses concurrent callers.
-Ordinary threads that call ``nogil`` kernels cost some 30 us a dispatch, on every machine alike,
-which several batches per dispatch make small. See ``docs/cpu.md``.
+Why not numba's ``prange``: its layer is chosen per process (OpenMP, TBB or workqueue, whose launches
+cost very differently), GNU OpenMP does not survive a fork, and workqueue refuses concurrent callers.
+Ordinary threads that call ``nogil`` kernels cost the same everywhere, and several batches per
+dispatch make that small. See ``docs/cpu.md``.
 """
 
 from __future__ import annotations
