@@ -1,9 +1,9 @@
 """A few threads for kernels that release the GIL; the caller is one of them.
 
-Why not numba's ``prange``: its layer is chosen per process (OpenMP, TBB or workqueue, whose launches
-cost very differently), GNU OpenMP does not survive a fork, and workqueue refuses concurrent callers.
-Ordinary threads that call ``nogil`` kernels cost the same everywhere, and several batches per
-dispatch make that small. See ``docs/cpu.md``.
+Why not numba's ``prange``: its layer is chosen per process (OpenMP, TBB or workqueue, whose
+launches cost very differently), GNU OpenMP does not survive a fork, and workqueue refuses
+concurrent callers. Ordinary threads that call ``nogil`` kernels behave the same everywhere, and
+several batches per dispatch make their cost small. See ``docs/cpu.md``.
 """
 
 from __future__ import annotations
