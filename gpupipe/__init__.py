@@ -6,6 +6,7 @@ with collector_paused():
     from gpupipe._version import __version__
     from gpupipe.array_dataset import ArrayDataset
     from gpupipe.errors import (
+        DecodeError,
         DeviceError,
         GpupipeError,
         GpupipeWarning,
@@ -15,11 +16,13 @@ with collector_paused():
         SourceError,
         VerificationError,
     )
+    from gpupipe.image_files import ImageFiles
     from gpupipe.lift import lift
     from gpupipe.loader import DataLoader
     from gpupipe.operators.pointwise import pointwise
     from gpupipe.plan import Plan
     from gpupipe.preprocess import Preprocess, compile  # noqa: A004 # the word that torch.compile taught
+    from gpupipe.replay import Replayed, replay
     from gpupipe.stats import ChannelStats, channel_stats
     from gpupipe.verify import Verification, verify
 
@@ -29,14 +32,17 @@ __all__ = [
     "ArrayDataset",
     "ChannelStats",
     "DataLoader",
+    "DecodeError",
     "DeviceError",
     "GpupipeError",
     "GpupipeWarning",
+    "ImageFiles",
     "IndexRangeError",
     "InputError",
     "Plan",
     "PlanError",
     "Preprocess",
+    "Replayed",
     "SourceError",
     "Verification",
     "VerificationError",
@@ -45,6 +51,7 @@ __all__ = [
     "compile",
     "lift",
     "pointwise",
+    "replay",
     "verify",
 ]
 

@@ -14,6 +14,7 @@ from gpupipe import trees
 from gpupipe.errors import InputError
 
 if TYPE_CHECKING:
+    from gpupipe.file_sources import FileSource
     from gpupipe.sources import ArraySource
 
 Assemble = Callable[[torch.Tensor, tuple[torch.Tensor, ...], NDArray[np.int64]], Any]
@@ -60,7 +61,7 @@ def restyle(tree: Any, dtype: torch.dtype | None, memory_format: torch.memory_fo
     return tree
 
 
-def assembler(source: ArraySource, device: torch.device) -> tuple[Assemble, bool]:
+def assembler(source: ArraySource | FileSource, device: torch.device) -> tuple[Assemble, bool]:
     """Return how a source's batches are put together, and whether its columns are used.
 
     A ``target_transform`` is the user's Python and runs sample by sample; what it returns goes
@@ -76,7 +77,7 @@ def assembler(source: ArraySource, device: torch.device) -> tuple[Assemble, bool
 class _Targets:
     """Puts targets beside the images that a ``target_transform`` makes one by one."""
 
-    def __init__(self, source: ArraySource, device: torch.device) -> None:
+    def __init__(self, source: ArraySource | FileSource, device: torch.device) -> None:
         self._source = source
         self._device = device
 

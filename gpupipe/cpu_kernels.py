@@ -46,41 +46,45 @@ FLOAT32, FLOAT16, BFLOAT16, UINT8 = range(4)
 
 ITEMSIZE = (4, 2, 2, 1)
 
-_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _VOID = types.void
 
 
-def _intrinsic(typed: Callable[..., Any]) -> Callable[..., Any]:
+def make_intrinsic(typed: Callable[..., Any]) -> Callable[..., Any]:
     """Register code generation with numba; the call takes all arguments but the first."""
     made: Callable[..., Any] = intrinsic(prefer_literal=True)(typed)
     return made
 
 
-def _vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
+def vector_type(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
+    """Return the type of some lanes."""
     return ir.VectorType(element, lanes)
 
 
-def _declared(builder: Any, kind: ir.FunctionType, name: str) -> Any:
+def declared(builder: Any, kind: ir.FunctionType, name: str) -> Any:
     """Return an LLVM intrinsic, declared in the module once."""
     return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
 
 
-def _splat(element: ir.Type, value: int) -> ir.Constant:
-    return ir.Constant(_vector(element), [value] * LANES)
+def splat(element: ir.Type, value: int) -> ir.Constant:
+    """Return a constant in all lanes."""
+    return ir.Constant(vector_type(element), [value] * LANES)
 
 
-def _at(builder: Any, address: Any, kind: ir.Type) -> Any:
+def at(builder: Any, address: Any, kind: ir.Type) -> Any:
+    """Return an address as a pointer."""
     return builder.inttoptr(address, kind.as_pointer())
 
 
-def _load(builder: Any, address: Any, kind: ir.Type, align: int) -> Any:
-    value = builder.load(_at(builder, address, kind))
+def load(builder: Any, address: Any, kind: ir.Type, align: int) -> Any:
+    """Load a value from an address."""
+    value = builder.load(at(builder, address, kind))
     value.align = align
     return value
 
 
 def _offset(builder: Any, address: Any, stride: Any, times: int) -> Any:
-    return builder.add(address, builder.mul(stride, ir.Constant(_I64, times)))
+    return builder.add(address, builder.mul(stride, ir.Constant(I64, times)))
 
 
 def _raw_vectors(builder: Any, source: Any, stride: Any, form: tuple[int, bool, bool]) -> list[Any]:
@@ -88,13 +92,13 @@ def _raw_vectors(builder: Any, source: Any, stride: Any, form: tuple[int, bool, 
     channels, planar_in, planar_out = form
     if planar_in or channels == 1:
         planes = [
-            _load(builder, _offset(builder, source, stride, c), _vector(_I8), 1)
+            load(builder, _offset(builder, source, stride, c), vector_type(I8), 1)
             for c in range(channels)
         ]
         if planar_out or channels == 1:
             return planes
         return _interleave(builder, planes)
-    block = _load(builder, source, _vector(_I8, LANES * channels), 1)
+    block = load(builder, source, vector_type(I8, LANES * channels), 1)
     starts = (
         [range(c, LANES * channels, channels) for c in range(channels)]
         if planar_out
@@ -104,7 +108,7 @@ def _raw_vectors(builder: Any, source: Any, stride: Any, form: tuple[int, bool, 
 
 
 def _shuffle(builder: Any, left: Any, right: Any, lanes: list[int]) -> Any:
-    return builder.shuffle_vector(left, right, ir.Constant(_vector(_I32, len(lanes)), lanes))
+    return builder.shuffle_vector(left, right, ir.Constant(vector_type(I32, len(lanes)), lanes))
 
 
 def _interleave(builder: Any, planes: list[Any]) -> list[Any]:
@@ -125,12 +129,12 @@ def _interleave(builder: Any, planes: list[Any]) -> list[Any]:
 
 def _evaluate(builder: Any, raw: Any, constants: Any, k: int) -> Any:
     """Evaluate the arithmetic form in float32 for vector ``k`` of a block."""
-    wide = _vector(ir.FloatType())
-    fma = _declared(builder, ir.FunctionType(wide, [wide] * 3), f"llvm.fma.v{LANES}f32")
+    wide = vector_type(ir.FloatType())
+    fma = declared(builder, ir.FunctionType(wide, [wide] * 3), f"llvm.fma.v{LANES}f32")
     a, a_low, mean, b, b_low = (
-        _load(
+        load(
             builder,
-            builder.add(constants, ir.Constant(_I64, (k * CONSTANTS + j) * LANES * 4)),
+            builder.add(constants, ir.Constant(I64, (k * CONSTANTS + j) * LANES * 4)),
             wide,
             64,
         )
@@ -144,16 +148,16 @@ def _evaluate(builder: Any, raw: Any, constants: Any, k: int) -> Any:
 def _round(builder: Any, value: Any, kind: int) -> Any:
     """Round float32 to the output type, to nearest even; finite values only."""
     if kind == FLOAT16:
-        return builder.fptrunc(value, _vector(ir.HalfType()))
+        return builder.fptrunc(value, vector_type(ir.HalfType()))
     if kind == BFLOAT16:
-        bits = builder.bitcast(value, _vector(_I32))
-        odd = builder.and_(builder.lshr(bits, _splat(_I32, 16)), _splat(_I32, 1))
-        bits = builder.add(bits, builder.add(odd, _splat(_I32, 0x7FFF)))
-        return builder.trunc(builder.lshr(bits, _splat(_I32, 16)), _vector(_I16))
+        bits = builder.bitcast(value, vector_type(I32))
+        odd = builder.and_(builder.lshr(bits, splat(I32, 16)), splat(I32, 1))
+        bits = builder.add(bits, builder.add(odd, splat(I32, 0x7FFF)))
+        return builder.trunc(builder.lshr(bits, splat(I32, 16)), vector_type(I16))
     return value
 
 
-@_intrinsic
+@make_intrinsic
 def _block(  # numba calls it by position
     _context: Any,
     _source: Any,
@@ -179,12 +183,12 @@ def _block(  # numba calls it by position
             address = (
                 _offset(builder, dst, dst_plane, k)
                 if form[2]
-                else builder.add(dst, ir.Constant(_I64, k * LANES * size))
+                else builder.add(dst, ir.Constant(I64, k * LANES * size))
             )
-            store = builder.store(value, _at(builder, address, value.type))
+            store = builder.store(value, at(builder, address, value.type))
             store.align = LANES * size if stream else size
             if stream:
-                hint = builder.module.add_metadata([ir.Constant(_I32, 1)])
+                hint = builder.module.add_metadata([ir.Constant(I32, 1)])
                 store.set_metadata("nontemporal", hint)
         return context.get_dummy_value()
 
@@ -192,39 +196,49 @@ def _block(  # numba calls it by position
     return signature, codegen
 
 
-@_intrinsic
+@make_intrinsic
 def _prefetch(_context: Any, _address: Any) -> Any:
     """Ask for the cache line at an address, for reading."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        pointer = _I8.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
-        fetch = _declared(builder, kind, "llvm.prefetch.p0")
-        hints = [ir.Constant(_I32, value) for value in (0, 3, 1)]
+        pointer = I8.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+        fetch = declared(builder, kind, "llvm.prefetch.p0")
+        hints = [ir.Constant(I32, value) for value in (0, 3, 1)]
         builder.call(fetch, [builder.inttoptr(args[0], pointer), *hints])
         return context.get_dummy_value()
 
     return _VOID(types.int64), codegen
 
 
-@_intrinsic
-def _read_byte(_context: Any, _address: Any) -> Any:
+@make_intrinsic
+def read_byte(_context: Any, _address: Any) -> Any:
     """Read one byte at an address."""
 
     def codegen(_ctx: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.zext(_load(builder, args[0], _I8, 1), _I64)
+        return builder.zext(load(builder, args[0], I8, 1), I64)
 
     return types.int64(types.int64), codegen
 
 
-@_intrinsic
-def _write_bits(_context: Any, _address: Any, _bits: Any, size: Any) -> Any:
+@make_intrinsic
+def read_word(_context: Any, _address: Any) -> Any:
+    """Read 32 bits at any address."""
+
+    def codegen(_ctx: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return load(builder, args[0], I32, 1)
+
+    return types.int32(types.int64), codegen
+
+
+@make_intrinsic
+def write_bits(_context: Any, _address: Any, _bits: Any, size: Any) -> Any:
     """Write the low ``size`` bytes (a literal) of ``bits`` at an address."""
     width = ir.IntType(8 * size.literal_value)
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        bits = args[1] if width.width == _I32.width else builder.trunc(args[1], width)
-        builder.store(bits, _at(builder, args[0], width)).align = 1
+        bits = args[1] if width.width == I32.width else builder.trunc(args[1], width)
+        builder.store(bits, at(builder, args[0], width)).align = 1
         return context.get_dummy_value()
 
     return _VOID(types.int64, types.int32, size), codegen
@@ -250,8 +264,8 @@ _COMPILING = threading.Lock()
 """numba's cache folder is a setting of the process: one thread at a time changes it."""
 
 
-def _compile(function: Any, *variant: int) -> Kernel:
-    """Compile for the one signature, with numba's cache in our own user-only directory.
+def compile_kernel(function: Any, signature: Any, *variant: int) -> Kernel:
+    """Compile for one signature, with numba's cache in our own user-only directory.
 
     Every variant has a folder of its own, by CPU and numba version: numba names the files of one
     folder by counting, so that two processes which compile different variants of one function at
@@ -265,7 +279,7 @@ def _compile(function: Any, *variant: int) -> Kernel:
         before = config.CACHE_DIR
         config.CACHE_DIR = str(cache_dir("numba") / name)
         try:
-            kernel: Kernel = njit(_SIGNATURE, nogil=True, cache=True)(function)
+            kernel: Kernel = njit(signature, nogil=True, cache=True)(function)
         finally:
             config.CACHE_DIR = before
     return kernel
@@ -320,12 +334,12 @@ def vector(channels: int, planar_in: bool, planar_out: bool, kind: int, streamin
                 )
             for p in range(blocks * LANES, pixels):
                 for c in range(channels):
-                    level = _read_byte(source + p * source_pixel + c * source_plane)
-                    _write_bits(
+                    level = read_byte(source + p * source_pixel + c * source_plane)
+                    write_bits(
                         output + p * output_pixel + c * output_plane, table[c * 256 + level], size
                     )
 
-    return _compile(kernel, channels, planar_in, planar_out, kind, streaming)
+    return compile_kernel(kernel, _SIGNATURE, channels, planar_in, planar_out, kind, streaming)
 
 
 def table(planar_in: bool, planar_out: bool, size: int) -> Kernel:
@@ -354,9 +368,9 @@ def table(planar_in: bool, planar_out: bool, size: int) -> Kernel:
             output = outputs[n // per_output] + (n % per_output) * image_bytes * size
             for c in range(channels):
                 for p in range(pixels):
-                    level = _read_byte(source + p * source_pixel + c * source_plane)
-                    _write_bits(
+                    level = read_byte(source + p * source_pixel + c * source_plane)
+                    write_bits(
                         output + p * output_pixel + c * output_plane, table[c * 256 + level], size
                     )
 
-    return _compile(kernel, planar_in, planar_out, size)
+    return compile_kernel(kernel, _SIGNATURE, planar_in, planar_out, size)

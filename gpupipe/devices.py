@@ -18,6 +18,7 @@ from gpupipe.memory import OutputPool
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from gpupipe.program import Program, Recipe
     from gpupipe.tables import Layout, Lookup
 
 
@@ -88,6 +89,15 @@ class Device(Protocol):
         layout: Layout,
     ) -> None:
         """Launch ``cuda_ops.normalize``, or its twin, on the current stream."""
+
+    def resample(
+        self,
+        images: torch.Tensor,
+        program: Program,
+        outputs: Sequence[torch.Tensor],
+        recipe: Recipe,
+    ) -> None:
+        """Launch ``cuda_ops.resample``, or its twin, on the current stream."""
 
     def clone(self, source: torch.Tensor) -> torch.Tensor:
         """Return a copy in memory of its own, made on the current stream."""
@@ -199,6 +209,20 @@ class CudaDevice:
         with torch.cuda.device(self.torch_device):
             cuda_ops.normalize(images, rows, outputs, lookup, layout=layout)
 
+    def resample(
+        self,
+        images: torch.Tensor,  # noqa: ARG002 # the protocol's, and so the others
+        program: Program,  # noqa: ARG002
+        outputs: Sequence[torch.Tensor],  # noqa: ARG002
+        recipe: Recipe,  # noqa: ARG002
+    ) -> None:
+        """See ``Device``; ``for_programs`` never lets it come to this.
+
+        Raises:
+            DeviceError: always, there is no CUDA kernel for programs yet.
+        """
+        raise DeviceError("programs have no CUDA kernel yet; use for_programs(device)")
+
     def clone(self, source: torch.Tensor) -> torch.Tensor:
         """See ``Device``."""
         return source.clone()
@@ -291,6 +315,18 @@ class CpuDevice:
         host_rows = None if rows is None else rows.numpy()
         cpu_ops.normalize(images.numpy(), host_rows, outputs, lookup, layout=layout)
 
+    def resample(
+        self,
+        images: torch.Tensor,
+        program: Program,
+        outputs: Sequence[torch.Tensor],
+        recipe: Recipe,
+    ) -> None:
+        """See ``Device``."""
+        from gpupipe import cpu_ops  # not needed before the first batch
+
+        cpu_ops.resample(images.numpy(), program.on_host(), outputs, recipe)
+
     def clone(self, source: torch.Tensor) -> torch.Tensor:
         """See ``Device``."""
         return source.clone()
@@ -301,6 +337,14 @@ class CpuDevice:
     def finish(self, tensor: torch.Tensor) -> torch.Tensor:
         """See ``Device``."""
         return tensor.to(self.torch_device) if self._copies else tensor
+
+
+def for_programs(device: Device) -> Device:
+    """Return the device that makes batches with geometry for another one.
+
+    There is no CUDA kernel for them yet: the CPU's makes the same bits, and they are copied once.
+    """
+    return CpuDevice(final=device.torch_device) if isinstance(device, CudaDevice) else device
 
 
 _warned: set[str] = set()

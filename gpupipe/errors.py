@@ -5,6 +5,7 @@
     GpupipeError
     ├── InputError (ValueError)          an argument, array or dataset that cannot be used
     │   └── SourceError                  raw data: wrong dtype, mixed shapes, truncated files
+    │       └── DecodeError              an encoded image that cannot be read or decoded
     ├── PlanError (ValueError)           a transform that cannot be compiled as it stands
     ├── IndexRangeError (IndexError)     a sampler asked for an index the dataset does not have
     ├── DeviceError (RuntimeError)       CUDA, CuPy or a kernel that is not there
@@ -26,6 +27,10 @@ class InputError(GpupipeError, ValueError):
 
 class SourceError(InputError):
     """Raw data with the wrong dtype or shape, or a damaged file."""
+
+
+class DecodeError(SourceError):
+    """A file, or encoded bytes, that cannot be read or decoded as an image."""
 
 
 class PlanError(GpupipeError, ValueError):

@@ -1,4 +1,4 @@
-"""What both launchers of ``normalize`` ask before any native code runs."""
+"""What the launchers of both devices ask before any native code runs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import numpy as np
 import torch
 
 from gpupipe.errors import IndexRangeError, InputError
+from gpupipe.program import FIELDS, FRAME, Frame
 from gpupipe.tables import DTYPES, Images, Layout, Lookup, Rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from gpupipe.program import Program, Recipe
 
 _RANK = {"NHWC": 4, "NCHW": 4, "NHW": 3}
 
@@ -70,13 +73,7 @@ def check(  # a launcher's arguments, and the device
             raise InputError(
                 f"{name} must be on {device}, got {where}; move it there or use the other launcher"
             )
-    sizes = [int(output.shape[0]) for output in outputs]
-    uneven = any(size != sizes[0] for size in sizes[:-1]) or (sizes and sizes[-1] > sizes[0])
-    if sum(sizes) != count or uneven:
-        raise InputError(
-            f"outputs must hold {count} images, all equally many but the last, which may hold "
-            f"fewer, got {sizes}; allocate one output per batch"
-        )
+    sizes = _even(outputs, count)
     return Geometry(
         count=count,
         per_output=max(sizes[0] if sizes else 1, 1),
@@ -85,6 +82,65 @@ def check(  # a launcher's arguments, and the device
         planar_in=c == 1 or layout == "NCHW",
         planar_out=c == 1 or planar_out,
     )
+
+
+def check_program(
+    images: Images,
+    program: Program,
+    outputs: Sequence[torch.Tensor],
+    recipe: Recipe,
+    device: str,
+) -> Geometry:
+    """Check the arguments of ``resample`` and return its sizes; ``pixels`` are of the output.
+
+    Raises:
+        InputError: a dtype, shape, layout or device that does not fit.
+    """
+    memory = images.shape if len(images.shape) == 1 else None
+    if memory is None or str(images.dtype).removeprefix("torch.") != "uint8":
+        raise InputError(
+            f"images must be uint8 [n], got {images.dtype} {tuple(images.shape)}; pass the memory "
+            "that the frames point into"
+        )
+    count = len(program.frames)
+    shapes = tuple(program.frames.shape), tuple(program.steps.shape[::2]), len(program.steps)
+    if shapes != ((count, FRAME), (count, FIELDS), count):
+        raise InputError(
+            f"program must have frames [N, {FRAME}] and steps [N, S, {FIELDS}], got "
+            f"{tuple(program.frames.shape)} and {tuple(program.steps.shape)}"
+        )
+    for name, value in (("images", images), *(("outputs", output) for output in outputs)):
+        where = value.device.type if isinstance(value, torch.Tensor) else "cpu"
+        if where != device:
+            raise InputError(
+                f"{name} must be on {device}, got {where}; move it there or use the other launcher"
+            )
+    channels = recipe.lookup.channels
+    flat = bool(outputs) and outputs[0].ndim == 3  # noqa: PLR2004 # [B, h, w]
+    shape = (channels, *recipe.size)
+    planar_out = _check_outputs(outputs, recipe.lookup, shape, flat=flat)
+    sizes = _even(outputs, count)
+    pixel = int(program.frames[0, Frame.PIXEL_STRIDE]) if count and device == "cpu" else 1
+    return Geometry(
+        count=count,
+        per_output=max(sizes[0] if sizes else 1, 1),
+        pixels=recipe.size[0] * recipe.size[1],
+        channels=channels,
+        planar_in=channels == 1 or pixel == 1,
+        planar_out=channels == 1 or planar_out,
+    )
+
+
+def _even(outputs: Sequence[torch.Tensor], count: int) -> list[int]:
+    """Check how many images the outputs hold; return it for each."""
+    sizes = [int(output.shape[0]) for output in outputs]
+    uneven = any(size != sizes[0] for size in sizes[:-1]) or (sizes and sizes[-1] > sizes[0])
+    if sum(sizes) != count or uneven:
+        raise InputError(
+            f"outputs must hold {count} images, all equally many but the last, which may hold "
+            f"fewer, got {sizes}; allocate one output per batch"
+        )
+    return sizes
 
 
 def _image_shape(images: Images, lookup: Lookup, layout: Layout) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -10,7 +11,8 @@ from torch.utils.data import BatchSampler
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from gpupipe.errors import InputError
-from gpupipe.loader import Auto, DataLoader, Device
+from gpupipe.faults import OnError
+from gpupipe.loader import Auto, DataLoader, Decode, Device
 
 T = TypeVar("T")
 
@@ -20,9 +22,14 @@ def lift(
     *,
     transform: Callable[[Any], Any] | Auto | None = "auto",
     device: Device = None,
+    seed: int | None = None,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
     cache: Literal["device"] | None = None,
+    decode: Decode = "exact",
+    on_error: OnError = "raise",
+    max_errors: int | None = None,
+    error_log: str | os.PathLike[str] | None = None,
     strict: bool = False,
     return_indices: bool = False,
 ) -> DataLoader[T]:
@@ -32,9 +39,14 @@ def lift(
         loader: exactly a ``torch.utils.data.DataLoader``; it stays as it is.
         transform: see ``DataLoader``, and so for the rest.
         device: see ``DataLoader``.
+        seed: see ``DataLoader``.
         dtype: see ``DataLoader``.
         memory_format: see ``DataLoader``.
         cache: see ``DataLoader``.
+        decode: see ``DataLoader``.
+        on_error: see ``DataLoader``.
+        max_errors: see ``DataLoader``.
+        error_log: see ``DataLoader``.
         strict: see ``DataLoader``.
         return_indices: see ``DataLoader``.
 
@@ -75,9 +87,14 @@ def lift(
         **arguments,
         transform=transform,
         device=device,
+        seed=seed,
         dtype=dtype,
         memory_format=memory_format,
         cache=cache,
+        decode=decode,
+        on_error=on_error,
+        max_errors=max_errors,
+        error_log=error_log,
         strict=strict,
         return_indices=return_indices,
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -12,9 +14,11 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from gpupipe import planning, routing
+from gpupipe.epochs import EpochBatches
 from gpupipe.errors import InputError
+from gpupipe.faults import OnError
 from gpupipe.plan import Plan
-from gpupipe.routes import EpochBatches
+from gpupipe.rendering import Stream
 from gpupipe.state import Settings, State
 from gpupipe.tables import check_output
 
@@ -22,6 +26,7 @@ T = TypeVar("T")
 
 Auto = Literal["auto"]
 Device = str | int | torch.device | None
+Decode = Literal["exact", "fast"]
 
 
 @dataclass
@@ -32,12 +37,14 @@ class LoaderStats:
         epochs: iterations begun.
         batches: batches delivered.
         deviations: samples that went through the original transform after all.
+        errors: encoded images that could not be read, and were left out.
         seconds_waited: time that the loop spent in ``next()``, s.
     """
 
     epochs: int = 0
     batches: int = 0
     deviations: int = 0
+    errors: int = 0
     seconds_waited: float = 0.0
 
 
@@ -54,8 +61,9 @@ class DataLoader(TorchDataLoader[T]):
         shuffle: see ``batch_size``.
         sampler: see ``batch_size``.
         batch_sampler: see ``batch_size``.
-        num_workers: worker processes where a dataset's own Python makes the samples; datasets
-            that lie in an array need none and start none.
+        num_workers: worker processes where a dataset's own Python makes the samples; threads where
+            it keeps encoded images (0: they are decoded in line); datasets that lie in an array
+            need none. None: no processes, and a thread for each core that this process may use.
         collate_fn: see ``batch_size``.
         pin_memory: see ``batch_size``.
         drop_last: see ``batch_size``.
@@ -70,6 +78,9 @@ class DataLoader(TorchDataLoader[T]):
         transform: ``"auto"`` takes the torchvision transform off the dataset. A transform is
             applied to the image of each sample (the sample, or its first item), on top of what the
             dataset does. None: nothing is lifted.
+        seed: of what operators draw: it, the epoch and the sample's index decide alone. None: what
+            torch draws when iteration begins, so ``torch.manual_seed`` rules. It never changes the
+            order.
         device: where batches arrive; None: the current CUDA device if there is one, else the CPU.
             Resolved when iteration begins.
         dtype: of the images: float32, float16 or bfloat16; None: as the transform returns them.
@@ -77,6 +88,13 @@ class DataLoader(TorchDataLoader[T]):
         memory_format: of the images, ``torch.contiguous_format`` or ``torch.channels_last``.
         cache: ``"device"`` keeps the raw dataset on the GPU and gathers there; pixels that are then
             changed in place are not seen. On a CPU it changes nothing.
+        decode: how encoded images are decoded: ``"exact"`` as Pillow does; ``"fast"``: JPEGs at a
+            smaller scale where the crop allows, with small errors (``docs/decoding.md``).
+        on_error: what becomes of an encoded image that cannot be read: ``"raise"``; ``"skip"``: its
+            place is taken by another sample of the batch, drawn anew; ``"substitute"``: by another
+            one of the dataset. Neither changes the size or the number of batches.
+        max_errors: raise after so many bad images all the same; None: never.
+        error_log: a file that gets one JSON line for each bad image.
         strict: raise ``PlanError`` where an operator is not fused, instead of a warning.
         return_indices: yield ``(batch, indices)``, indices int64 [N] on the CPU.
 
@@ -94,7 +112,7 @@ class DataLoader(TorchDataLoader[T]):
         shuffle: bool | None = None,
         sampler: Sampler[Any] | Iterable[Any] | None = None,
         batch_sampler: Sampler[list[Any]] | Iterable[list[Any]] | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         pin_memory: bool = False,
         drop_last: bool = False,
@@ -109,15 +127,26 @@ class DataLoader(TorchDataLoader[T]):
         in_order: bool = True,
         transform: Callable[[Any], Any] | Auto | None = "auto",
         device: Device = None,
+        seed: int | None = None,
         dtype: torch.dtype | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
         cache: Literal["device"] | None = None,
+        decode: Decode = "exact",
+        on_error: OnError = "raise",
+        max_errors: int | None = None,
+        error_log: str | os.PathLike[str] | None = None,
         strict: bool = False,
         return_indices: bool = False,
     ) -> None:
         _check_arguments(dataset, transform, dtype, memory_format, cache)
+        _check_choices(seed, decode, on_error, max_errors)
         self.transform = transform
         self.device = device
+        self.seed = seed
+        self.decode = decode
+        self.on_error = on_error
+        self.max_errors = max_errors
+        self.error_log = error_log
         self.dtype = dtype
         self.memory_format = memory_format
         self.cache = cache
@@ -129,7 +158,7 @@ class DataLoader(TorchDataLoader[T]):
             shuffle,
             sampler,
             batch_sampler,
-            num_workers,
+            num_workers or 0,
             collate_fn,
             pin_memory,
             drop_last,
@@ -142,6 +171,8 @@ class DataLoader(TorchDataLoader[T]):
             pin_memory_device=pin_memory_device,
             in_order=in_order,
         )
+        self._threads = num_workers
+        self._epoch: int | None = None
         self._state = State()
         self._stats = LoaderStats()
 
@@ -154,14 +185,16 @@ class DataLoader(TorchDataLoader[T]):
     def stats(self) -> LoaderStats:
         """What this loader has done so far."""
         self._stats.deviations = self._state.deviations
+        self._stats.errors = self._state.faults.errors
         return self._stats
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the sampler (and batch sampler) which epoch comes next, where it wants to know.
+        """Say which epoch comes next: to the operators that draw, and to the samplers that ask.
 
         Args:
             epoch: counted from 0; a ``DistributedSampler`` shuffles by it.
         """
+        self._epoch = epoch
         inner = getattr(self.batch_sampler, "sampler", None)
         told: list[Any] = []
         for sampler in (self.sampler, self.batch_sampler, inner):
@@ -173,9 +206,27 @@ class DataLoader(TorchDataLoader[T]):
                 tell(epoch)
 
     def _settings(self) -> Settings:
+        faults = self._state.faults
+        faults.on_error, faults.max_errors = self.on_error, self.max_errors
+        faults.log = None if self.error_log is None else Path(self.error_log)
         return Settings(
-            self.transform, self.device, self.dtype, self.memory_format, self.cache, self.strict
+            self.transform,
+            self.device,
+            self.dtype,
+            self.memory_format,
+            self.cache,
+            self.strict,
+            self.seed,
+            self._epoch,
+            self._threads,
+            self.decode == "fast",
         )
+
+    def reading(self, epoch: int) -> tuple[planning.Found, Stream]:
+        """Return how the dataset is read, and which random numbers an epoch takes; no device."""
+        settings = replace(self._settings(), epoch=epoch)
+        found = planning.find(self, settings, self._state)
+        return found, routing.stream_of(self, settings, self._state)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override] # torch promises its own class
         """Begin an epoch."""
@@ -185,7 +236,12 @@ class DataLoader(TorchDataLoader[T]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave compiled and device state behind; it is made again where the copy iterates."""
-        return {**self.__dict__, "_state": State(), "_iterator": None}
+        return {**self.__dict__, "_state": None, "_iterator": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin with nothing compiled."""
+        self.__dict__.update(state)
+        self.__dict__["_state"] = State()
 
 
 class _Epoch(Iterator[Any]):
@@ -212,6 +268,20 @@ class _Epoch(Iterator[Any]):
         if self._with_indices:
             return batch, torch.from_numpy(self._batches.indices)
         return batch
+
+
+def _check_choices(seed: Any, decode: Any, on_error: Any, max_errors: Any) -> None:
+    """Refuse at once what cannot work later."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise InputError(f"seed must be an int or None, got {seed!r}; pass a number")
+    if decode not in ("exact", "fast"):
+        raise InputError(f'decode must be "exact" or "fast", got {decode!r}; leave it out')
+    if on_error not in ("raise", "skip", "substitute"):
+        raise InputError(
+            f'on_error must be "raise", "skip" or "substitute", got {on_error!r}; leave it out'
+        )
+    if max_errors is not None and (not isinstance(max_errors, int) or max_errors < 0):
+        raise InputError(f"max_errors must be None or at least 0, got {max_errors!r}; leave it out")
 
 
 def _check_arguments(

@@ -1,13 +1,16 @@
 """What becomes of a user's transform: its operators, where each runs and why, and the proof.
 
-The transform is flattened and cut: a *suffix* of pointwise operators that starts from a raw uint8
-image is fused into one kernel; the *prefix* before it stays on the CPU. Before the first batch the
-kernel's output on synthetic images is compared with the installed torchvision, bit by bit.
+The transform is flattened and cut: a *suffix* that starts from a raw uint8 image is fused into one
+kernel; the *prefix* before it stays on the CPU. The suffix has three stages, each of any number of
+operators: geometry (which pixel goes where), pointwise (what becomes of a level) and erasing.
+Before the first batch the kernel's output on synthetic images is compared with the installed
+torchvision, bit by bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +18,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from gpupipe.operators import pointwise
+from gpupipe.errors import PlanError
+from gpupipe.operators import pointwise, registry
+from gpupipe.operators.lowered import Lowered
 from gpupipe.operators.pointwise import LEVELS, Refusal
 from gpupipe.tables import Layout, Lookup
 
@@ -46,23 +51,70 @@ class Operator:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A transform, flattened and cut at ``cut``."""
+    """A transform, flattened and cut.
+
+    Attributes:
+        operators: all of them, in order.
+        cut: how many stay on the CPU, before the kernel.
+        lowered: for each operator behind the cut how it becomes steps; None: it is pointwise.
+        refusals: why an operator has no place in the kernel, by its number.
+    """
 
     operators: tuple[Operator, ...]
     cut: int
+    lowered: tuple[Lowered | None, ...] = ()
+    refusals: dict[int, str] = field(default_factory=dict)
 
     def prefix(self, image: Any) -> Any:
         """Run what stays on the CPU before the kernel."""
         return pointwise.run([operator.call for operator in self.operators[: self.cut]], image)
 
     def suffix(self, image: Any) -> Any:
-        """Run what the kernel does, by torchvision."""
-        return pointwise.run(self.fused_calls, image)
+        """Run what the kernel does, by torchvision, which draws its own random numbers."""
+        return pointwise.run([operator.call for operator in self.operators[self.cut :]], image)
 
     @property
     def fused_calls(self) -> list[Callable[[Any], Any]]:
-        """The operators that the kernel takes over."""
-        return [operator.call for operator in self.operators[self.cut :]]
+        """The pointwise operators that the kernel takes over."""
+        pairs = zip(self.operators[self.cut :], self.lowered, strict=True)
+        return [operator.call for operator, lowered in pairs if lowered is None]
+
+    def run_pointwise(self, image: Any) -> Any:
+        """Run the pointwise operators of the fused part alone, by torchvision."""
+        return pointwise.run(self.fused_calls, image)
+
+    @property
+    def steps(self) -> list[Lowered]:
+        """The operators that become steps of a program: geometry, then erasing."""
+        return [lowered for lowered in self.lowered if lowered is not None]
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether the fused part changes no place of a pixel: a table is all there is."""
+        return not self.steps
+
+    def after(self, lowered: Lowered) -> list[Callable[[Any], Any]]:
+        """Return the pointwise operators behind an erasing one: they change its values, too."""
+        place = next(n for n, other in enumerate(self.lowered) if other is lowered)
+        pairs = zip(self.operators[self.cut + place :], self.lowered[place:], strict=True)
+        return [operator.call for operator, other in pairs if other is None]
+
+    def misfit(self, kind: ImageKind) -> tuple[int, str] | None:
+        """Return the number of the operator that images of a kind cannot go through, and why."""
+        for number, lowered, tensor in self._walk(kind):
+            reason = lowered.check(kind, tensor=tensor)
+            if reason:
+                return number, reason
+        return None
+
+    def _walk(self, kind: ImageKind) -> Iterator[tuple[int, Lowered, bool]]:
+        """Yield the operators with steps, their numbers, and whether they are given tensors."""
+        tensor = kind.container in ("tensor", "Image")
+        for number, lowered in enumerate(self.lowered, start=self.cut):
+            if lowered is None:
+                tensor = True
+            else:
+                yield number, lowered, tensor
 
     def same_as(self, other: Pipeline | None) -> bool:
         """Whether both hold the same operator objects, cut at the same place."""
@@ -75,39 +127,102 @@ class Pipeline:
         """Say why nothing can be fused, for a pipeline whose suffix is empty."""
         if not self.operators:
             return "the transform is empty"
-        first = next((o for o in self.operators if pointwise.takes_uint8(o.call)), None)
-        others = [o for o in self.operators if not pointwise.is_pointwise(o.call)]
-        if first is None or not others:
-            return (
-                f"no operator such as ToTensor begins from raw pixels; got {self.operators[0].name}"
-            )
-        return (
-            f"{others[-1].name} works on what {first.name} made, and has no kernel yet; "
-            "if it takes raw images too, move it before"
-        )
+        others = {
+            number: reason
+            for number, reason in self.refusals.items()
+            if not pointwise.is_pointwise(self.operators[number].call)
+        }
+        number, reason = max((others or self.refusals).items())
+        return f"{self.operators[number].name}: {reason}"
+
+    def levels_off(self, kind: ImageKind) -> int:
+        """Return by how many uint8 levels the kernel may differ from torchvision: 0 or 1.
+
+        torchvision resizes uint8 tensors in another arithmetic than PIL images, which changes with
+        the CPU's vector width.
+        """
+        inexact = (tensor and not part.exact_on_tensors for _, part, tensor in self._walk(kind))
+        return int(any(inexact))
 
 
 def flatten(transform: Any, position: str = "") -> list[Operator]:
-    """List the operators of a transform, through exact ``Compose`` and ``nn.Sequential``."""
+    """List the operators, seen through ``Compose``, ``Sequential`` and torchvision's presets."""
     kind = type(transform)
-    container = kind is nn.Sequential or pointwise.is_a(kind, ["Compose"])
+    container = (
+        kind is nn.Sequential or pointwise.is_a(kind, ["Compose"]) or registry.is_preset(transform)
+    )
     if not container or pointwise.is_marked(transform) or not pointwise.is_plain(transform):
         return [Operator(position or "0", transform)]
-    children = list(transform) if isinstance(transform, nn.Sequential) else transform.transforms
+    if isinstance(transform, nn.Sequential):
+        children = list(transform)
+    else:
+        preset = registry.is_preset(transform)
+        children = registry.expand(transform) if preset else transform.transforms
     dot = f"{position}." if position else ""
     return [o for i, child in enumerate(children) for o in flatten(child, f"{dot}{i}")]
 
 
-def cut(transform: Callable[[Any], Any]) -> Pipeline:
-    """Flatten a transform and find the longest pointwise suffix that starts from uint8."""
-    operators = flatten(transform)
-    start = len(operators)
-    while start and pointwise.is_pointwise(operators[start - 1].call):
-        start -= 1
-    # A uint8 image stays one through PILToTensor; the first that takes uint8 begins the suffix.
-    while start < len(operators) and not pointwise.takes_uint8(operators[start].call):
-        start += 1
-    return Pipeline(tuple(operators), start)
+def cut(transform: Callable[[Any], Any], beyond: int = 0) -> Pipeline:
+    """Flatten a transform and find the longest suffix that one kernel can do from raw pixels.
+
+    Args:
+        transform: what the user gave.
+        beyond: how many of the first operators stay on the CPU whatever they are.
+
+    Raises:
+        PlanError: an operator with constants that cannot work.
+    """
+    operators = tuple(flatten(transform))
+    calls = [operator.call for operator in operators]
+    refusals: dict[int, str] = {}
+    numbers = itertools.count()
+    lowered: list[Lowered | str | None] = []
+    for operator in operators:
+        try:
+            known = pointwise.is_pointwise(operator.call)
+            lowered.append(None if known else registry.lower(operator.call, numbers))
+        except PlanError as error:
+            raise PlanError(f"operator {operator.position}: {error}") from error
+    start = beyond
+    while start < len(operators):
+        bad = _first_misfit(calls, lowered, start)
+        if bad is None:
+            break
+        number, reason = bad
+        refusals[number] = reason
+        start = number + 1
+    fused = tuple(part for part in lowered[start:] if not isinstance(part, str))
+    return Pipeline(operators, start, fused, refusals)
+
+
+def _first_misfit(  # noqa: C901 # one branch a rule
+    calls: Sequence[Any], lowered: Sequence[Lowered | str | None], start: int
+) -> tuple[int, str] | None:
+    """Return the number of the operator that a suffix from ``start`` on breaks at, and why."""
+    begun = changed = erased = False
+    for number in range(start, len(calls)):
+        part = lowered[number]
+        if isinstance(part, str):
+            return number, part
+        if part is None:
+            if not begun and not pointwise.takes_uint8(calls[number]):
+                return number, "pointwise, but no operator before it begins from raw pixels"
+            begun = True
+            changed = changed or not pointwise.keeps_levels(calls[number])
+        elif part.stage == "erase":
+            if not begun:
+                return number, "it works on tensors, and no operator before it makes one"
+            later = [calls[n] for n in range(number + 1, len(calls)) if lowered[n] is None]
+            if part.draws_values and any(not pointwise.keeps_levels(call) for call in later):
+                return number, "its random values go through operators behind it; move it last"
+            if part.draws_values and not changed:
+                return number, "it writes random values into levels; move it behind the scaling"
+            erased = True
+        elif erased:
+            return number, "it moves what was erased before; move the erasing behind it"
+        elif changed and not part.commutes:
+            return number, "it stands behind operators that change the values; move it before them"
+    return None if begun else (len(calls) - 1, "no operator such as ToTensor makes a tensor")
 
 
 @dataclass
@@ -117,6 +232,7 @@ class Plan:
     Attributes:
         pipeline: the transform; None where no torchvision transform was found.
         lookup: the fused suffix, or None where nothing is fused.
+        kind: of the raw images, where something is fused.
         source: where raw pixels come from, in words.
         delivery: what makes the batch and where, in words.
         reason: why nothing, or not all, was lifted; empty where all was.
@@ -127,6 +243,7 @@ class Plan:
 
     pipeline: Pipeline | None = None
     lookup: Lookup | None = None
+    kind: ImageKind | None = None
     source: str = ""
     delivery: str = ""
     reason: str = ""
@@ -148,9 +265,10 @@ class Plan:
             where: Where
             if number >= self.pipeline.cut:
                 where = "fused" if self.fused else "refused"
-                why = self._form() if self.fused else self.reason
+                part = self.pipeline.lowered[number - self.pipeline.cut]
+                why = self._form(part) if self.fused else self.reason
             else:
-                where, why = "cpu", self._cpu_reason(operator)
+                where, why = "cpu", self._cpu_reason(number)
             result.append((operator.position, operator.name, where, why))
         return result
 
@@ -168,27 +286,21 @@ class Plan:
             return self.lookup is other.lookup and self.reason == other.reason
         return pointwise.same_bits(self.lookup.values, other.lookup.values)
 
-    def _form(self) -> str:
+    def _form(self, part: Lowered | None) -> str:
+        if part is not None:
+            return f"{part.stage}: steps drawn and composed per sample"
         if self.lookup is None or self.lookup.constants is None:
             return "pointwise: table of 256 levels"
         return "pointwise: arithmetic equal to the table of 256 levels"
 
-    def _cpu_reason(self, operator: Operator) -> str:
-        operators = () if self.pipeline is None else self.pipeline.operators
-        if pointwise.is_pointwise(operator.call):
-            if all(pointwise.is_pointwise(other.call) for other in operators):
-                return "pointwise, but no operator before it begins from raw pixels"
-            return "pointwise, but an operator after it is not"
-        if not pointwise.is_plain(operator.call):
-            return "it has a hook or a forward of its own"
-        kind = type(operator.call)
-        known = kind.__module__.startswith("torchvision.")
-        base = next((b.__name__ for b in kind.__mro__[1:] if pointwise.is_pointwise_type(b)), None)
-        if base is not None and not known:
-            return f"a subclass of {base} may do something else"
-        if known:
-            return "no kernel yet; runs on each image, before the fused part if there is one"
-        return "not a torchvision operator; gpupipe.pointwise marks one that is pointwise"
+    def _cpu_reason(self, number: int) -> str:
+        pipeline = self.pipeline
+        if pipeline is None:
+            return ""
+        if number in pipeline.refusals:
+            return pipeline.refusals[number]
+        last = pipeline.operators[pipeline.cut - 1]
+        return f"runs before {last.name}, which stays on the CPU"
 
     def __str__(self) -> str:
         """Return it as lines of text; ``gpupipe explain`` makes a table of it."""
@@ -270,6 +382,6 @@ def _agrees(  # prove's own, and a size
     elif layout == "NCHW":
         raw = pixels.transpose(0, 3, 1, 2)
     result = render(np.ascontiguousarray(raw), lookup)
-    expected = torch.stack([pipeline.suffix(kind.build(image)) for image in pixels])
+    expected = torch.stack([pipeline.run_pointwise(kind.build(image)) for image in pixels])
     expected = expected.as_subclass(torch.Tensor).to(lookup.dtype)
     return pointwise.same_bits(result.reshape(expected.shape), expected)

@@ -7,13 +7,15 @@ data are read again each time; what was compiled for the same operators is kept.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import IterableDataset, default_collate
 
-from gpupipe import sources
+from gpupipe import file_sources, sources
+from gpupipe.file_sources import FileSource
+from gpupipe.images import ImageKind
 from gpupipe.operators.pointwise import Refusal, same_bits
 from gpupipe.places import Place, places
 from gpupipe.plan import Pipeline, Plan, cut
@@ -32,6 +34,7 @@ class Found:
         dataset: what torch's own loader iterates over.
         table: the specified pipeline, where one of our routes is taken.
         source: the arrays, where the array route is taken.
+        files: the encoded images, where the file route is taken.
         verdict: what the probe found, where the recorded route is taken.
         place: where the transform stands then.
     """
@@ -40,6 +43,7 @@ class Found:
     dataset: Any
     table: Table | None = None
     source: ArraySource | None = None
+    files: FileSource | None = None
     verdict: Verdict | None = None
     place: Place | None = None
 
@@ -75,7 +79,16 @@ def find(loader: TorchDataLoader[Any], settings: Settings, state: State) -> Foun
         if not reason:
             return found
     else:
-        reason = source
+        files = file_sources.resolve(dataset)
+        reason = (
+            files
+            if isinstance(files, str)
+            else _use_files(found, files, explicit, loader, settings, state)
+        )
+        if not reason:
+            return found
+        if isinstance(files, str):
+            reason = source
     _use_recorder(found, explicit, loader, settings, state, reason)
     return found
 
@@ -121,12 +134,15 @@ def _use_recorder(
     place = next(p for p in candidates if p.transform is verdict.place.transform)
     plan_.pipeline = pipelines[place]
     kind = verdict.kinds[0]
+    if (bad := plan_.pipeline.misfit(kind)) is not None:
+        plan_.reason = f"{plan_.pipeline.operators[bad[0]].name}: {bad[1]}"
+        return
     table = state.specified(plan_.pipeline, kind, settings.dtype, verdict.sizes[0])
     if isinstance(table, Refusal):
         plan_.reason = str(table)
         return
-    plan_.lookup = table.lookup
-    plan_.delivery = "dataset[i] without its pointwise part, then normalize in one kernel"
+    plan_.lookup, plan_.kind = table.lookup, kind
+    plan_.delivery = "dataset[i] without its fused part, then one kernel"
     found.verdict, found.place, found.table = verdict, place, table
 
 
@@ -165,11 +181,11 @@ def _use_source(
         return "a target_transform runs in torch's worker processes, which may draw random numbers"
     shape = " + ".join(str(tuple(part.images.shape)) for part in source.parts)
     found.plan.source = f"raw uint8 {shape} of {type(loader.dataset).__name__}, {source.place}"
-    pipeline = found.plan.pipeline = cut(transform)
+    pipeline = found.plan.pipeline = fitting(transform, source.first.kind)
     if pipeline.cut == len(pipeline.operators):
         return pipeline.why_not()
     if pipeline.cut:
-        return "operators before the pointwise ones run on the CPU"
+        return "operators before the fused ones run on the CPU"
     if loader.collate_fn is not default_collate:
         return "a collate_fn of the user's own"
     kind, axes = source.first.kind, dict(zip(source.first.layout, shape_of(source), strict=True))
@@ -177,12 +193,69 @@ def _use_source(
     if isinstance(table, Refusal):
         return str(table)
     for other in transforms[1:] if explicit is None else ():
-        if other is not transform and not _alike(other, table, settings, state):
+        if other is not transform and not (
+            pipeline.is_pointwise and _alike(other, table, settings, state)
+        ):
             return "its parts have different transforms"
-    found.plan.lookup = table.lookup
+    found.plan.lookup, found.plan.kind = table.lookup, kind
     found.plan.delivery = "gather and normalize in one kernel"
     found.source, found.table = source, table
     return ""
+
+
+def _use_files(
+    found: Found,
+    files: FileSource,
+    explicit: Callable[[Any], Any] | None,
+    loader: TorchDataLoader[Any],
+    settings: Settings,
+    state: State,
+) -> str:
+    """Take the file route if the transform allows it; else say why not."""
+    if explicit is not None and files.transform is not None:
+        return "the dataset has a transform of its own before the one that was passed"
+    transform = files.transform if explicit is None else explicit
+    if transform is None:
+        return "the dataset has no transform; pass transform="
+    if files.mode != "RGB":
+        return "its images keep the mode of their file"
+    if files.target_transform is not None and loader.num_workers > 0:
+        return "a target_transform runs in torch's worker processes, which may draw random numbers"
+    if loader.collate_fn is not default_collate:
+        return "a collate_fn of the user's own"
+    kind = ImageKind("PIL", 3, "NHWC", "RGB")
+    pipeline = fitting(transform, kind)
+    if pipeline.cut == len(pipeline.operators):
+        found.plan.pipeline = pipeline
+        return pipeline.why_not()
+    if pipeline.cut:
+        return "operators before the fused ones run on the CPU"
+    table = state.specified(pipeline, kind, settings.dtype)
+    if isinstance(table, Refusal):
+        return str(table)
+    found.plan.pipeline = pipeline
+    found.plan.source = f"{len(files)} {files.description} of {type(loader.dataset).__name__}"
+    found.plan.lookup, found.plan.kind = table.lookup, kind
+    found.plan.delivery = "decoded on threads, then one kernel"
+    found.files, found.table = files, table
+    return ""
+
+
+def fitting(transform: Callable[[Any], Any], kind: ImageKind) -> Pipeline:
+    """Cut a transform so that images of a kind can go through the fused part.
+
+    Raises:
+        PlanError: an operator with constants that cannot work.
+    """
+    pipeline = cut(transform)
+    refusals = dict(pipeline.refusals)
+    while (bad := pipeline.misfit(kind)) is not None:
+        number, reason = bad
+        refusals[number] = reason
+        pipeline = cut(transform, beyond=number + 1)
+        refusals = pipeline.refusals | refusals
+        pipeline = replace(pipeline, refusals=refusals)
+    return pipeline
 
 
 def shape_of(source: ArraySource) -> tuple[int, ...]:

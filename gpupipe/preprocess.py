@@ -52,6 +52,16 @@ class Preprocess(nn.Module):
                 f"compile() takes pointwise transforms, got one that begins with {first}; run that "
                 "on each image before, and compile the rest"
             )
+        if not self._pipeline.is_pointwise:
+            first = next(
+                o.name
+                for o, low in zip(self._pipeline.operators, self._pipeline.lowered, strict=True)
+                if low is not None
+            )
+            raise PlanError(
+                f"compile() takes pointwise transforms, got {first}, which moves pixels; use a "
+                "gpupipe.DataLoader, which draws and crops, or compile the rest"
+            )
         if not self._pipeline.operators:
             raise PlanError("compile() got an empty transform; pass at least ToTensor")
 

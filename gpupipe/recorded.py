@@ -17,11 +17,14 @@ from torch.utils.data import default_collate
 from gpupipe.batch import move
 from gpupipe.collate import CollateChanged, CollatePlan, CollateRefusal, recognise
 from gpupipe.devices import Device
+from gpupipe.epochs import EpochBatches
 from gpupipe.errors import InputError, PlanError, SourceError
 from gpupipe.fetching import LiftedFetcher, is_batched, read
 from gpupipe.images import ImageKind, kind_of, raw_bytes
 from gpupipe.plan import Pipeline, Plan
-from gpupipe.routes import EpochBatches, feed_spec
+from gpupipe.program_chunks import GivenChunk, ProgramSpec
+from gpupipe.rendering import Picks, Renderer, Stream
+from gpupipe.routes import feed_spec
 from gpupipe.staging import FeedSpec
 from gpupipe.tables import Lookup
 from gpupipe.torch_route import as_indices
@@ -47,6 +50,7 @@ class RecordedBatches(EpochBatches):
         finish: what a batch that torch made still needs.
         plan: counts what happens.
         warn: says something once.
+        stream: the epoch's random numbers.
         strict: raise where a ``collate_fn`` stands against it.
     """
 
@@ -63,15 +67,18 @@ class RecordedBatches(EpochBatches):
         finish: Callable[[Any], Any],
         plan: Plan,
         warn: Callable[[str], None],
+        stream: Stream,
         *,
         strict: bool = False,
     ) -> None:
         self._batches = batches
+        self._position = 0
+        self._stream = stream
         self._dataset = dataset
         self._fetcher = fetcher
         self._collate_fn = collate_fn
         self._collate: CollatePlan | CollateRefusal | None = None
-        self._kernel = _Kernel(pipeline, lookup_for, device, memory_format)
+        self._kernel = _Kernel(pipeline, lookup_for, device, memory_format, stream)
         self._finish = finish
         self._plan = plan
         self._warn = warn
@@ -110,7 +117,9 @@ class RecordedBatches(EpochBatches):
         if self._keeps():  # asked again: fetching may have shown it
             self._plan.reason = "the dataset keeps transformed samples; torch makes the batches"
             self._warn(f"{type(self._dataset).__name__} was lifted until now: {self._plan.reason}")
-        made = self._kernel.run([raw for _, raw in fetched], indices, strict=self._stacks)
+        raws = [raw for _, raw in fetched]
+        made = self._kernel.run(raws, indices, self._position, strict=self._stacks)
+        self._position += len(indices)
         if made is not None:
             batch = self._collated([sample for sample, _ in fetched], made)
             if batch is not None:
@@ -163,17 +172,19 @@ class _Kernel:
         lookup_for: LookupFor,
         device: Device,
         memory_format: torch.memory_format,
+        stream: Stream,
     ) -> None:
         self._pipeline = pipeline
         self._lookup_for = lookup_for
         self._device = device
         self._memory_format = memory_format
+        self._stream = stream
         self._given = _Given()
         self._feed: StagedFeed | None = None
         self._key: Any = None
 
     def run(
-        self, raws: Sequence[Any], indices: Sequence[Any], *, strict: bool
+        self, raws: Sequence[Any], indices: Sequence[Any], position: int, *, strict: bool
     ) -> torch.Tensor | None:
         """Return the batch of finished images, or None where torchvision has to make them.
 
@@ -183,47 +194,80 @@ class _Kernel:
         if not raws or any(raw is None for raw in raws):
             return None
         kinds = [kind_of(raw) for raw in raws]
+        if kinds[0] is None or any(kind != kinds[0] for kind in kinds):
+            return None
+        lookup = self._lookup_for(kinds[0])
+        if lookup is None:
+            return None
         arrays = [raw_bytes(raw) for raw in raws]
-        shape = arrays[0].shape
-        for index, kind, array in zip(indices, kinds, arrays, strict=True):
-            if kind != kinds[0]:
-                return None
-            if array.shape != shape:
-                if not strict:
-                    return None
-                raise SourceError(
-                    f"images of one batch must have one size, got {_size(arrays[0], kinds[0])} at "
-                    f"index {indices[0]} and {_size(array, kind)} at index {index}; add a Resize "
-                    "or crop of a fixed size to the transform, or pass a collate_fn"
-                )
-        lookup = None if kinds[0] is None else self._lookup_for(kinds[0])
-        if kinds[0] is None or lookup is None:
-            return None
-        self._open(kinds[0], shape, lookup)
         self._given.arrays = arrays
-        if self._feed is None:
+        if not self._pipeline.is_pointwise:
+            feed = self._programs(kinds[0], lookup)
+            feed.submit([_picks(indices, position)])
+        elif _one_size(arrays, indices, kinds[0], strict=strict):
+            feed = self._pointwise(kinds[0], arrays[0].shape, lookup)
+            feed.submit([np.arange(len(arrays))])
+        else:
             return None
-        self._feed.submit([np.arange(len(arrays))])
-        images, _ = self._feed.next()
+        images, _ = feed.next()
         self._given.arrays = []
         return images
 
-    def _open(self, kind: ImageKind, shape: tuple[int, ...], lookup: Lookup) -> None:
+    def _pointwise(self, kind: ImageKind, shape: tuple[int, ...], lookup: Lookup) -> StagedFeed:
         """Keep one feed, for the size at hand."""
-        key = (kind, shape, lookup)
+        spec = feed_spec(self._pipeline, lookup, kind, shape, kind.layout, self._memory_format)
+        return self._open((kind, shape, lookup), spec, self._given)
+
+    def _programs(self, kind: ImageKind, lookup: Lookup) -> StagedFeed:
+        """Keep one feed, for images of any sizes."""
+        renderer = Renderer(self._pipeline, kind, lookup, self._stream)
+        return self._open(
+            (kind, lookup), ProgramSpec(renderer, self._memory_format), self._given.chunk
+        )
+
+    def _open(self, key: Any, spec: FeedSpec | ProgramSpec, read: Any) -> StagedFeed:
         if self._feed is None or key != self._key:
             self.close()
-            spec: FeedSpec = feed_spec(
-                self._pipeline, lookup, kind, shape, kind.layout, self._memory_format
-            )
-            self._feed = StagedFeed(self._device, spec, self._given, depth=2, threaded=False)
+            self._feed = StagedFeed(self._device, spec, read, depth=2, threaded=False)
             self._key = key
+        return self._feed
 
     def close(self) -> None:
         """Free the staging."""
         if self._feed is not None:
             self._feed.close()
             self._feed = None
+
+
+def _picks(indices: Sequence[Any], position: int) -> Picks:
+    """Return the samples of a batch; keys that are no integers count by their position."""
+    try:
+        numbers = as_indices(indices)
+    except InputError:
+        numbers = np.arange(position, position + len(indices))
+    here = np.arange(len(indices))
+    return Picks(numbers, here, here + position, np.zeros(len(indices), bool))
+
+
+def _one_size(
+    arrays: Sequence[NDArray[np.uint8]], indices: Sequence[Any], kind: ImageKind, *, strict: bool
+) -> bool:
+    """Whether all images have one size.
+
+    Raises:
+        SourceError: they have not, where ``strict``.
+    """
+    for index, array in zip(indices, arrays, strict=True):
+        if array.shape == arrays[0].shape:
+            continue
+        if strict:
+            raise SourceError(
+                f"images of one batch must have one size, got {_size(arrays[0], kind)} at "
+                f"index {indices[0]} and {_size(array, kind)} at index {index}; add a Resize "
+                "or crop of a fixed size to the transform, or pass a collate_fn"
+            )
+        return False
+    return True
 
 
 class _Given:
@@ -235,6 +279,10 @@ class _Given:
     def __call__(self, rows: NDArray[np.int64], views: list[NDArray[Any]]) -> None:
         for place, row in enumerate(rows):
             views[0][place] = self.arrays[row]
+
+    def chunk(self, spec: ProgramSpec, batches: list[Picks]) -> GivenChunk:
+        """Begin a chunk of programs for them."""
+        return GivenChunk(self.arrays, spec, batches)
 
 
 def _size(array: NDArray[np.uint8], kind: ImageKind | None) -> str:

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from gpupipe.devices import Device
 from gpupipe.errors import DeviceError
 from gpupipe.sources import ArraySource
-from gpupipe.staging import FeedSpec
-from gpupipe.transfer import Batch, launch_groups
+from gpupipe.staging import Batch, FeedSpec, launch_groups
 
 
 class HostImages:
@@ -60,7 +59,7 @@ class DeviceImages:
                 f'cache="device" needs {images.nbytes / 2**30:.1f} GiB on {where}, which has '
                 f"{free / 2**30:.1f} GiB free; leave the argument out to read from host memory"
             )
-        self._images = _upload(images, where)
+        self.images = _upload(images, where)
         self._columns = [
             _upload(_joined([part.columns[c] for part in source.parts]), where)
             for c in range(len(source.first.columns))
@@ -71,14 +70,22 @@ class DeviceImages:
         self, rows: NDArray[np.int64], outputs: list[torch.Tensor], spec: FeedSpec
     ) -> None:
         """Gather and normalise on the current stream."""
-        host = torch.from_numpy(rows)
+        self.upload_rows(rows)
+        self.device.normalize(self.images, self._rows, outputs, spec.lookup, layout=spec.layout)
+
+    def upload(self, array: NDArray[Any]) -> torch.Tensor:
+        """Return an array on the device, copied on the current stream; nothing waits."""
+        host = torch.from_numpy(array)
         where = self.device.torch_device
         if where.type == "cuda":
             # The pinned block is not used again before this copy is done: torch's host allocator
             # records an event for every non-blocking copy from it.
             host = host.pin_memory()
-        self._rows = host.to(where, non_blocking=True)
-        self.device.normalize(self._images, self._rows, outputs, spec.lookup, layout=spec.layout)
+        return host.to(where, non_blocking=True)
+
+    def upload_rows(self, rows: NDArray[np.int64]) -> None:
+        """Say of which images a chunk's ``columns`` are."""
+        self._rows = self.upload(rows)
 
     def columns(self, rows: NDArray[np.int64], start: int) -> tuple[torch.Tensor, ...]:
         """Gather the columns of one batch of the chunk that ``normalize`` was called with."""
@@ -101,26 +108,27 @@ def _upload(array: NDArray[Any], where: torch.device, piece: int = 256 << 20) ->
 
 
 class ResidentFeed:
-    """Batches in the order in which their rows were submitted, as ``transfer.StagedFeed``.
+    """Batches in the order in which they were submitted, as ``transfer.StagedFeed``.
 
     Args:
         device: where the outputs are allocated.
-        spec: what a sample is.
-        images: where the raw images lie.
     """
 
-    def __init__(self, device: Device, spec: FeedSpec, images: HostImages | DeviceImages) -> None:
+    def __init__(self, device: Device) -> None:
         self._device = device
-        self._spec = spec
-        self._images = images
-        self._tasks: deque[Sequence[NDArray[np.int64]]] = deque()
+        self._tasks: deque[Sequence[Any]] = deque()
         self._ready: deque[Batch] = deque()
         self._stream: Any = None
         self._done = device.new_event()
         self.pending = 0
 
-    def submit(self, batches: Sequence[NDArray[np.int64]]) -> None:
-        """Ask for a chunk of batches, each int64 [N] of checked rows; done at ``next``."""
+    @property
+    def picks(self) -> Any:
+        """None: what is delivered is what was asked for."""
+        return None
+
+    def submit(self, batches: Sequence[Any]) -> None:
+        """Ask for a chunk of batches, not empty and of checked rows; done at ``next``."""
         self._tasks.append(batches)
         self.pending += len(batches)
 
@@ -148,26 +156,49 @@ class ResidentFeed:
         finish = self._device.finish
         return finish(images), tuple(map(finish, columns))
 
-    def _launch(self, batches: Sequence[NDArray[np.int64]], stream: Any) -> None:
-        device, spec = self._device, self._spec
+    def _launch(self, batches: Sequence[Any], stream: Any) -> None:
         with torch.inference_mode(mode=False):
-            outputs = [
-                device.empty((len(rows), *spec.output_shape), spec.lookup.dtype, spec.memory_format)
-                for rows in batches
-            ]
-            columns: list[tuple[torch.Tensor, ...]] = []
-            for group in launch_groups(outputs):
-                parts = batches[len(columns) : len(columns) + len(group)]
-                rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
-                self._images.normalize(rows, group, spec)
-                starts = [0, *accumulate(map(len, parts))]
-                columns += map(self._images.columns, parts, starts)
+            made = self._make(batches)
         self._done.record(stream)
         self._stream = stream
-        self._ready.extend(zip(outputs, columns, strict=True))
+        self._ready.extend(made)
+
+    def _make(self, batches: Sequence[Any]) -> list[Batch]:
+        """Allocate and launch on the current stream."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Forget what was submitted. Batches that were delivered stay valid."""
         self._tasks.clear()
         self._ready.clear()
         self.pending = 0
+
+
+class PointwiseFeed(ResidentFeed):
+    """Batches of images of one size, without geometry.
+
+    Args:
+        device: where the outputs are allocated.
+        spec: what a sample is.
+        images: where the raw images lie.
+    """
+
+    def __init__(self, device: Device, spec: FeedSpec, images: HostImages | DeviceImages) -> None:
+        super().__init__(device)
+        self._spec = spec
+        self._images = images
+
+    def _make(self, batches: Sequence[NDArray[np.int64]]) -> list[Batch]:
+        device, spec = self._device, self._spec
+        outputs = [
+            device.empty((len(rows), *spec.output_shape), spec.lookup.dtype, spec.memory_format)
+            for rows in batches
+        ]
+        columns: list[tuple[torch.Tensor, ...]] = []
+        for group in launch_groups(outputs):
+            parts = batches[len(columns) : len(columns) + len(group)]
+            rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            self._images.normalize(rows, group, spec)
+            starts = [0, *accumulate(map(len, parts))]
+            columns += map(self._images.columns, parts, starts)
+        return list(zip(outputs, columns, strict=True))

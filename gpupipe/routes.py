@@ -1,16 +1,17 @@
 """The ways in which a loader's batches are made; ``routing`` picks one when iteration begins.
 
 ``ArrayRoute``: raw pixels lie in arrays; gather and kernel, no Python per sample.
+``FileRoute``: encoded images, decoded on threads, then the kernel.
 ``recorded.RecordedBatches``: ``dataset[i]`` runs up to the raw image, the kernel does the rest.
 ``torch_route.TorchRoute``: torch does it all; its batches are moved to the device.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from functools import partial
+from itertools import count
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,159 +19,28 @@ from numpy.typing import NDArray
 
 from gpupipe.batch import Assemble
 from gpupipe.devices import CpuDevice, Device
-from gpupipe.errors import GpupipeError, IndexRangeError, InputError
+from gpupipe.epochs import Batches, Feed, Pick
+from gpupipe.faults import Faults
+from gpupipe.file_batch import Reading
+from gpupipe.file_chunk import FileChunk
+from gpupipe.file_feed import FileFeed
+from gpupipe.file_sources import FileSource
 from gpupipe.images import ImageKind
 from gpupipe.plan import Pipeline, Plan, prove
-from gpupipe.resident import DeviceImages, HostImages, ResidentFeed
+from gpupipe.program import Frame
+from gpupipe.program_chunks import ArrayChunk, ProgramSpec
+from gpupipe.rendering import Picks, Renderer, Stream, array_frames, output_shape
+from gpupipe.resident import DeviceImages, HostImages, PointwiseFeed
+from gpupipe.resident_programs import DevicePrograms, HostPrograms, ProgramFeed
 from gpupipe.sampling import IndexBatches
 from gpupipe.sources import ArraySource
 from gpupipe.staging import Column, FeedSpec
 from gpupipe.tables import Layout, Lookup
-from gpupipe.transfer import Batch, StagedFeed
-
-CHUNK_BYTES = 8 << 20
-"""Outputs that one launch makes at most, of several batches."""
-
-MAX_CHUNK = 32
-"""Batches in one launch at most."""
+from gpupipe.transfer import StagedFeed
+from gpupipe.workers import Workers
 
 DEPTH = 3
 """Chunks under way at once on a device that works asynchronously."""
-
-
-class Feed(Protocol):
-    """Makes batches from rows, in order."""
-
-    pending: int
-
-    def submit(self, batches: Any) -> None:
-        """Ask for a chunk of batches."""
-
-    def next(self) -> Batch:
-        """Return the next batch."""
-
-    def close(self) -> None:
-        """Free everything."""
-
-
-class EpochBatches(Iterator[Any]):
-    """The batches of one epoch.
-
-    Attributes:
-        indices: int64 [N]: the dataset indices of the batch that was returned last.
-    """
-
-    indices: NDArray[np.int64] = np.empty(0, np.int64)
-
-
-class Batches(EpochBatches):
-    """One epoch over an array source."""
-
-    def __init__(
-        self,
-        indices: IndexBatches,
-        source: ArraySource,
-        feed: Feed,
-        assemble: Assemble,
-        plan: Plan,
-        *,
-        sample_bytes: int,
-        depth: int,
-        free_ahead: int,
-    ) -> None:
-        self._indices = indices
-        self._source = source
-        self._feed = feed
-        self._assemble = assemble
-        self._plan = plan
-        self._sample_bytes = sample_bytes
-        self._chunk = 1  # the first batch comes soon, later ones many at a time
-        self._depth = depth
-        self._free_ahead = free_ahead
-        self._taken: deque[NDArray[np.int64]] = deque()
-        self._sizes: deque[int] = deque()
-        self._error: BaseException | None = None
-
-    def __next__(self) -> Any:
-        """Return the next batch."""
-        try:
-            return self._advance()
-        except Exception:
-            raise
-        except BaseException as error:  # Ctrl-C anywhere in here: what was done is not known
-            self._error = GpupipeError(
-                f"this iterator was interrupted by {type(error).__name__}; iterate the loader anew"
-            )
-            self._taken.clear()
-            raise
-
-    def _advance(self) -> Any:
-        if len(self._sizes) < self._depth and self._error is None:
-            self.top_up()
-        if not self._taken:
-            raise self._end()
-        images, columns = self._feed.next()
-        self.indices = self._taken.popleft()
-        self._sizes[0] -= 1
-        if not self._sizes[0]:
-            self._sizes.popleft()
-        self._plan.batches += 1
-        return self._assemble(images, columns, self.indices)
-
-    def _end(self) -> BaseException:
-        """Return what ends the epoch, or, once, what a bad batch of the sampler's raised."""
-        error = self._error or StopIteration()
-        if isinstance(error, (IndexRangeError, InputError)):
-            self._error = None  # as in torch, the batch after it can still be asked for
-            return error
-        self.close()
-        self._error = StopIteration()
-        return error
-
-    def top_up(self) -> None:
-        """Read indices, as far ahead as nobody can tell, and ask for their batches."""
-        while len(self._sizes) < self._depth and self._may_read():
-            batches: list[NDArray[np.int64]] = []
-            try:
-                batches.append(self._read())
-                for _ in range(self._more(len(batches[0]))):
-                    batches.append(self._read())  # noqa: PERF401 # what came before an error counts
-            except Exception as error:  # noqa: BLE001 # raised once the batches before it are out
-                self._error = error
-            self._chunk = min(2 * self._chunk, MAX_CHUNK)
-            if batches:
-                self._taken.extend(batches)
-                self._sizes.append(len(batches))
-                self._feed.submit([self._source.locate(batch) for batch in batches])
-            if self._error is not None:
-                return
-
-    def _read(self) -> NDArray[np.int64]:
-        batch = next(self._indices)
-        if not len(batch):
-            raise InputError(
-                "the batch sampler gave an empty batch, and images of none cannot be stacked; "
-                "give at least one index per batch"
-            )
-        return batch
-
-    def _more(self, size: int) -> int:
-        """Return how many batches may join one of ``size`` images in its launch."""
-        room = CHUNK_BYTES // max(1, size * self._sample_bytes)
-        unseen = max(self._indices.ahead(), self._free_ahead - len(self._taken) - 1)
-        return max(0, min(self._chunk - 1, room - 1, unseen))
-
-    def _may_read(self) -> bool:
-        ahead = len(self._taken)
-        return ahead == 0 or self._indices.ahead() > 0 or ahead < self._free_ahead
-
-    def close(self) -> None:
-        """Stop threads and free memory; the iterator is at its end."""
-        self._taken.clear()
-        self._sizes.clear()
-        self._feed.close()
-        if self._error is None:
-            self._error = StopIteration()
 
 
 def feed_spec(
@@ -184,7 +54,7 @@ def feed_spec(
 ) -> FeedSpec:
     """Describe a sample; the output's shape is what the user's transform gives one image."""
     sizes = dict(zip(layout[1:], image_shape, strict=True))
-    tiny = pipeline.suffix(kind.build(np.zeros((2, 3, kind.channels), np.uint8)))
+    tiny = pipeline.run_pointwise(kind.build(np.zeros((2, 3, kind.channels), np.uint8)))
     flat = tiny.ndim == 2  # noqa: PLR2004 # [H, W] in, [H, W] out; it cannot be channels_last
     output_shape = (sizes["H"], sizes["W"]) if flat else (len(tiny), sizes["H"], sizes["W"])
     return FeedSpec(
@@ -244,14 +114,46 @@ class _ReadSource:
             column[...] = self._source.read_column(number, rows)
 
 
+def picks_for(source: Any, stream: Stream) -> Pick:
+    """Return a ``Pick`` for feeds of programs."""
+
+    def pick(indices: NDArray[np.int64], position: int) -> Picks:
+        local = np.arange(position, position + len(indices))
+        return Picks(
+            indices,
+            source.locate(indices),
+            local * stream.world + stream.rank,
+            np.zeros(len(indices), bool),
+        )
+
+    return pick
+
+
 class ArrayRoute:
-    """Batches of an array source, made by the kernel."""
+    """Batches of an array source, made by the kernel.
+
+    Args:
+        device: where batches are made.
+        source: the arrays.
+        pipeline: the transform.
+        table: its pointwise part, and the kind of the images.
+        lookup: what was proved of it.
+        memory_format: of the images.
+        columns: what travels with them.
+        plan: counts what happens.
+        assemble: puts a batch together.
+        cached: a copy of the source on the device.
+    """
 
     def __init__(
         self,
         device: Device,
         source: ArraySource,
-        spec: FeedSpec,
+        pipeline: Pipeline,
+        kind: ImageKind,
+        lookup: Lookup,
+        memory_format: torch.memory_format,
+        columns: tuple[Column, ...],
         plan: Plan,
         assemble: Assemble,
         *,
@@ -259,33 +161,144 @@ class ArrayRoute:
     ) -> None:
         self._device = device
         self._source = source
-        self._spec = spec
+        self._pipeline = pipeline
+        self._kind = kind
+        self._lookup = lookup
+        self._memory_format = memory_format
+        self._columns = columns
         self._plan = plan
         self._cached = cached
         self._assemble = assemble
 
-    def iterate(self, indices: IndexBatches, free_ahead: int) -> Batches:
+    def iterate(self, indices: IndexBatches, free_ahead: int, stream: Stream) -> Batches:
         """Begin an epoch.
 
         Args:
             indices: dataset indices, batch by batch.
             free_ahead: batches that may be read ahead whatever the sampler is.
+            stream: the epoch's random numbers.
         """
-        spec, device = self._spec, self._device
-        feed: Feed
-        if self._cached is not None:
-            feed = ResidentFeed(device, spec, self._cached)
-        elif isinstance(device, CpuDevice):
-            feed = ResidentFeed(device, spec, HostImages(self._source))
-        else:
-            feed = StagedFeed(device, spec, _ReadSource(self._source), depth=DEPTH)
+        feed, pick, shape = (
+            self._pointwise() if self._pipeline.is_pointwise else self._programs(stream)
+        )
         return Batches(
             indices,
-            self._source,
+            pick,
             feed,
             self._assemble,
             self._plan,
-            sample_bytes=prod(spec.output_shape) * spec.lookup.dtype.itemsize,
+            sample_bytes=prod(shape) * self._lookup.dtype.itemsize,
             depth=DEPTH if isinstance(feed, StagedFeed) else 1,
             free_ahead=free_ahead,
+        )
+
+    def _pointwise(self) -> tuple[Feed, Pick, tuple[int, ...]]:
+        """Return a feed of images that keep their size and place."""
+        first = self._source.first
+        spec = feed_spec(
+            self._pipeline, self._lookup, self._kind, first.images.shape[1:], first.layout,
+            self._memory_format, self._columns,
+        )  # fmt: skip
+        device = self._device
+        feed: Feed
+        if self._cached is not None:
+            feed = PointwiseFeed(device, spec, self._cached)
+        elif isinstance(device, CpuDevice):
+            feed = PointwiseFeed(device, spec, HostImages(self._source))
+        else:
+            feed = StagedFeed(device, spec, _ReadSource(self._source), depth=DEPTH)
+        return feed, lambda batch, _: self._source.locate(batch), spec.output_shape
+
+    def _programs(self, stream: Stream) -> tuple[Feed, Pick, tuple[int, ...]]:
+        """Return a feed of images with geometry."""
+        device, source = self._device, self._source
+        renderer = Renderer(self._pipeline, self._kind, self._lookup, stream)
+        spec = ProgramSpec(renderer, self._memory_format, self._columns)
+        feed: Feed
+        if self._cached is not None:
+            feed = ProgramFeed(device, spec, DevicePrograms(self._cached), source.first.layout)
+        elif isinstance(device, CpuDevice):
+            feed = ProgramFeed(device, spec, HostPrograms(source), source.first.layout)
+        else:
+            feed = StagedFeed(device, spec, partial(ArrayChunk, source), depth=DEPTH)
+        pick = picks_for(source, stream)
+        one = pick(np.zeros(1, np.int64), 0)
+        frames = array_frames(one.rows, source.first.images.shape, source.first.layout)
+        tape = renderer.tape(one, frames[:, Frame.HEIGHT], frames[:, Frame.WIDTH])
+        return feed, pick, output_shape(renderer, renderer.size(tape, one))
+
+
+class FileRoute:
+    """Batches of encoded images, decoded on threads.
+
+    Args:
+        device: where batches are made.
+        source: the files.
+        pipeline: the transform.
+        kind: of the decoded images.
+        lookup: what was proved of the pointwise part.
+        memory_format: of the images.
+        columns: what travels with them.
+        plan: counts what happens.
+        assemble: puts a batch together.
+        workers: the threads.
+        faults: what becomes of bad files.
+        fast: see ``decoding``.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        source: FileSource,
+        pipeline: Pipeline,
+        kind: ImageKind,
+        lookup: Lookup,
+        memory_format: torch.memory_format,
+        columns: tuple[Column, ...],
+        plan: Plan,
+        assemble: Assemble,
+        workers: Workers,
+        faults: Faults,
+        *,
+        fast: bool,
+    ) -> None:
+        self._device = device
+        self._source = source
+        self._renderer = partial(Renderer, pipeline, kind, lookup)
+        self._memory_format = memory_format
+        self._columns = columns
+        self._plan = plan
+        self._assemble = assemble
+        self._workers = workers
+        self._faults = faults
+        self._fast = fast
+
+    def iterate(self, indices: IndexBatches, free_ahead: int, stream: Stream) -> Batches:
+        """Begin an epoch; see ``ArrayRoute.iterate``."""
+        self._faults.begin()
+        renderer = self._renderer(stream)
+        reading = Reading(self._source, renderer, self._faults, fast=self._fast)
+        feed: Feed
+        if isinstance(self._device, CpuDevice):
+            feed = FileFeed(self._device, reading, self._memory_format, self._workers)
+        else:
+            spec = ProgramSpec(renderer, self._memory_format, self._columns)
+            numbers = count()
+
+            def chunk(spec: ProgramSpec, batches: list[Picks]) -> FileChunk:
+                return FileChunk(next(numbers), reading, self._workers, spec, batches)
+
+            feed = StagedFeed(
+                self._device, spec, chunk, depth=DEPTH, threaded=self._workers.threads > 0
+            )
+        return Batches(
+            indices,
+            picks_for(self._source, stream),
+            feed,
+            self._assemble,
+            self._plan,
+            sample_bytes=1,
+            depth=DEPTH if self._workers.threads else 1,
+            free_ahead=free_ahead,
+            most=1,
         )

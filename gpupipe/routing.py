@@ -10,20 +10,25 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from gpupipe import devices
 from gpupipe.batch import assembler
 from gpupipe.devices import Device
+from gpupipe.epochs import EpochBatches
 from gpupipe.errors import DeviceError, PlanError
 from gpupipe.fetching import LiftedFetcher
+from gpupipe.file_sources import FileSource
 from gpupipe.images import ImageKind
 from gpupipe.operators.pointwise import Refusal
-from gpupipe.plan import Plan
+from gpupipe.plan import Pipeline, Plan
 from gpupipe.planning import Found, find
+from gpupipe.proving import prove_program
 from gpupipe.recorded import RecordedBatches
+from gpupipe.rendering import Stream
 from gpupipe.resident import DeviceImages
-from gpupipe.routes import ArrayRoute, EpochBatches, feed_spec, proved
-from gpupipe.sampling import IndexBatches, draw_base_seed, index_batches, start
+from gpupipe.routes import ArrayRoute, FileRoute, proved
+from gpupipe.sampling import IndexBatches, draw_base_seed, index_batches, may_repeat, start
 from gpupipe.sources import ArraySource
 from gpupipe.staging import Column
 from gpupipe.state import Settings, State, Table
 from gpupipe.tables import Layout, Lookup
+from gpupipe.threads import cpu_count
 from gpupipe.torch_route import TorchRoute, finisher
 
 _DIFFERS = "the kernel differs from the installed torchvision on this machine"
@@ -38,11 +43,18 @@ def begin(loader: TorchDataLoader[Any], settings: Settings, state: State) -> Epo
     """
     device = _device(settings.device, state)
     found = find(loader, settings, state)
+    if found.plan.pipeline is not None and not found.plan.pipeline.is_pointwise:
+        device = _device(devices.for_programs(device), state)
     _carry_over(found.plan, state)
+    state.epochs += 1
     if found.source is not None:
         route = _array_route(found, settings, state, device)
         if route is not None:
-            return _start(loader, route, state)
+            return _start(loader, route, settings, state)
+    elif found.files is not None:
+        files = _file_route(found, settings, state, device)
+        if files is not None:
+            return _start(loader, files, settings, state)
     elif found.verdict is not None:
         batches = _recorded(loader, found, settings, state, device)
         if batches is not None:
@@ -89,28 +101,83 @@ def _array_route(
     if lookup is None:
         plan_.reason = _DIFFERS
         return None
+    if not _geometry_proved(plan_.pipeline, table, lookup, settings, device):
+        plan_.lookup, plan_.reason = None, _DIFFERS
+        return None
     where = device.torch_device
     cached = _cached(source, settings, state, device)
-    plan_.delivery = f"gather and normalize in one kernel on {where}" + (
+    plan_.delivery = f"gather and {_kernel(plan_.pipeline)} in one kernel on {where}" + (
         ", dataset on the device" if cached else ""
     )
-    columns: tuple[Column, ...] = ()
     assemble, with_columns = assembler(source, where)
-    if with_columns:
-        columns = tuple(
-            Column(column.shape[1:], torch.from_numpy(column[:0].copy()).dtype)
-            for column in source.first.columns
-        )
-    spec = feed_spec(
+    return ArrayRoute(
+        device,
+        source,
         plan_.pipeline,
-        lookup,
         table.kind,
-        source.first.images.shape[1:],
-        layout,
+        lookup,
         settings.memory_format,
-        columns,
+        _columns(source) if with_columns else (),
+        plan_,
+        assemble,
+        cached=cached,
     )
-    return ArrayRoute(device, source, spec, plan_, assemble, cached=cached)
+
+
+def _kernel(pipeline: Pipeline) -> str:
+    return "normalize" if pipeline.is_pointwise else "resample"
+
+
+def _columns(source: ArraySource | FileSource) -> tuple[Column, ...]:
+    """Return what travels with the images."""
+    return tuple(
+        Column(column.shape[1:], torch.from_numpy(column[:0].copy()).dtype)
+        for column in source.first.columns
+    )
+
+
+def _geometry_proved(
+    pipeline: Pipeline, table: Table, lookup: Lookup, settings: Settings, device: Device
+) -> bool:
+    """Prove the steps of a pipeline, once on each device."""
+    if pipeline.is_pointwise:
+        return True
+    key = (str(device.torch_device), settings.memory_format)
+    if key not in table.geometry:
+        table.geometry[key] = prove_program(
+            device, pipeline, table.kind, lookup, settings.memory_format
+        )
+    return table.geometry[key]
+
+
+def _file_route(found: Found, settings: Settings, state: State, device: Device) -> FileRoute | None:
+    """Prove the kernel, and make the route; None where it differs from torchvision."""
+    plan_, files, table = found.plan, found.files, found.table
+    if plan_.pipeline is None or files is None or table is None:
+        return None
+    plan_.lookup = lookup = _proved(table, "NHWC", settings.memory_format, device)
+    if lookup is None or not _geometry_proved(plan_.pipeline, table, lookup, settings, device):
+        plan_.lookup, plan_.reason = None, _DIFFERS
+        return None
+    where = device.torch_device
+    workers = state.threads(cpu_count() if settings.threads is None else settings.threads)
+    how = f"decoded on {workers.threads} threads" if workers.threads else "decoded in line"
+    plan_.delivery = f"{how}, resample in one kernel on {where}"
+    assemble, with_columns = assembler(files, where)
+    return FileRoute(
+        device,
+        files,
+        plan_.pipeline,
+        table.kind,
+        lookup,
+        settings.memory_format,
+        _columns(files) if with_columns else (),
+        plan_,
+        assemble,
+        workers,
+        state.faults,
+        fast=settings.fast,
+    )
 
 
 def _recorded(
@@ -131,8 +198,8 @@ def _recorded(
             table = state.specified(pipeline, kind, settings.dtype)
             known[kind] = (
                 None
-                if isinstance(table, Refusal)
-                else _proved(table, kind.layout, settings.memory_format, device)
+                if isinstance(table, Refusal) or pipeline.misfit(kind)
+                else _kind_proved(table, pipeline, settings, device)
             )
         return known[kind]
 
@@ -154,7 +221,7 @@ def _recorded(
         suffix=pipeline.suffix,
     )
     batches = iter(() if loader.batch_sampler is None else loader.batch_sampler)
-    draw_base_seed(loader.generator)
+    state.base_seed = draw_base_seed(loader.generator)
     return RecordedBatches(
         batches,
         found.dataset,
@@ -167,8 +234,19 @@ def _recorded(
         finisher(device.torch_device, settings.dtype, settings.memory_format),
         plan_,
         state.warn,
+        stream_of(loader, settings, state),
         strict=settings.strict,
     )
+
+
+def _kind_proved(
+    table: Table, pipeline: Pipeline, settings: Settings, device: Device
+) -> Lookup | None:
+    """Prove all of the fused part for one kind of image."""
+    lookup = _proved(table, table.kind.layout, settings.memory_format, device)
+    if lookup is None or not _geometry_proved(pipeline, table, lookup, settings, device):
+        return None
+    return lookup
 
 
 def _cached(
@@ -184,7 +262,9 @@ def _cached(
     return state.device_copy(source, device)
 
 
-def _start(loader: TorchDataLoader[Any], route: ArrayRoute, state: State) -> EpochBatches:
+def _start(
+    loader: TorchDataLoader[Any], route: ArrayRoute | FileRoute, settings: Settings, state: State
+) -> EpochBatches:
     """Draw what torch draws at ``iter()``, in its order, and begin."""
     length = len(loader.dataset)  # type: ignore[arg-type] # map-style
     workers = loader.num_workers
@@ -192,12 +272,31 @@ def _start(loader: TorchDataLoader[Any], route: ArrayRoute, state: State) -> Epo
     if loader.persistent_workers and state.persistent:
         indices = index_batches(loader.batch_sampler, length)
     else:
-        indices, _ = start(loader.batch_sampler, loader.generator, length, num_workers=workers)
+        indices, state.base_seed = start(
+            loader.batch_sampler, loader.generator, length, num_workers=workers
+        )
         state.persistent = loader.persistent_workers
-    batches = route.iterate(indices, workers * (loader.prefetch_factor or 0))
+    batches = route.iterate(
+        indices, workers * (loader.prefetch_factor or 0), stream_of(loader, settings, state)
+    )
     if workers:
         batches.top_up()  # with workers torch reads the sampler at iter()
     return batches
+
+
+def stream_of(loader: TorchDataLoader[Any], settings: Settings, state: State) -> Stream:
+    """Return which random numbers this epoch takes."""
+    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
+    epoch = settings.epoch
+    if epoch is None:
+        own = getattr(sampler, "epoch", None)
+        epoch = own if isinstance(own, int) else state.epochs - 1
+    seed = state.base_seed if settings.seed is None else settings.seed
+    rank, world = getattr(sampler, "rank", 0), getattr(sampler, "num_replicas", 1)
+    known = isinstance(rank, int) and isinstance(world, int)
+    return Stream(
+        seed, epoch, may_repeat(loader.batch_sampler), *((rank, world) if known else (0, 1))
+    )
 
 
 def _torch_route(loader: TorchDataLoader[Any], found: Found, state: State) -> TorchRoute:

@@ -92,6 +92,24 @@ def known(batch_sampler: Any) -> bool:
     return _find_blocks(batch_sampler) is not None and not _draws_late(batch_sampler.sampler)
 
 
+def may_repeat(batch_sampler: Any) -> bool:
+    """Return whether an index may come twice in an epoch; True where that is not known.
+
+    A ``DistributedSampler`` repeats a few at the end to fill up the ranks: those are the same
+    sample drawn the same way.
+    """
+    if type(batch_sampler) is not BatchSampler:
+        return True
+    sampler: Any = batch_sampler.sampler
+    if type(sampler) is RandomSampler:
+        return bool(sampler.replacement) or sampler.num_samples > len(sampler.data_source)
+    if type(sampler) is SubsetRandomSampler and type(sampler.indices) in _PLAIN:
+        return len(np.unique(np.asarray(sampler.indices))) < len(sampler.indices)
+    if type(sampler) is WeightedRandomSampler:
+        return bool(sampler.replacement)
+    return type(sampler) not in (SequentialSampler, DistributedSampler)
+
+
 def draw_base_seed(generator: torch.Generator | None) -> int:
     """Draw what torch's ``_BaseDataLoaderIter`` draws at each ``iter()``, also with 0 workers.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from mmap import mmap
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,17 @@ THREAD_BYTES = 1 << 20
 """A copy of at least this size is shared among threads."""
 
 NO_COLUMN = "its labels are not plain numbers of one type"
+
+
+class Images(Protocol):
+    """What a part of a dataset has, whatever its images are."""
+
+    @property
+    def images(self) -> Any:
+        """As many as the part has samples."""
+
+
+P = TypeVar("P", bound=Images)
 
 
 @dataclass(frozen=True)
@@ -171,7 +182,7 @@ def _label_column(values: Any) -> NDArray[Any] | None:
     return array.astype(np.int64, copy=False)
 
 
-def _number_column(values: Any) -> NDArray[Any] | None:
+def number_column(values: Any) -> NDArray[Any] | None:
     """Return a sequence of numbers with the dtype that default_collate gives them, or None."""
     array = _array(values)
     if array is None or array.dtype.kind not in "biuf" or not array.ndim or not len(array):
@@ -239,7 +250,7 @@ def _qmnist(dataset: Any) -> Part | str:
 def _cifar(dataset: Any) -> Part | str:
     images, targets = dataset.data, dataset.targets
     return _misfit(images, np.ndarray, ("N", "H", "W", 3)) or _pil_part(
-        dataset, images, _number_column(targets), "RGB", lambda row: targets[row]
+        dataset, images, number_column(targets), "RGB", lambda row: targets[row]
     )
 
 
@@ -274,7 +285,7 @@ def _arrays(dataset: Any) -> Part | str:
     check_images(images, "images")
     if labels is None:  # its target_transform is never called
         return Part(*_bare(images), (), None, dataset.transform)
-    column = _number_column(labels)
+    column = number_column(labels)
     if column is None:
         return NO_COLUMN
     transforms = (dataset.transform, dataset.target_transform)
@@ -303,7 +314,7 @@ def resolve(dataset: Any) -> ArraySource | str:
     Raises:
         SourceError: a gpupipe ``ArrayDataset`` or NumPy array that is no uint8 image data.
     """
-    found = _resolve(dataset)
+    found = find_parts(dataset, _array_part)
     if isinstance(found, str):
         return found
     parts, rows = found
@@ -337,15 +348,24 @@ def _contiguous(part: Part) -> Part:
     return replace(part, images=view, layout="NHWC" if planar else "NCHW")
 
 
-def _resolve(dataset: Any) -> tuple[list[Part], NDArray[np.int64] | None] | str:
+def find_parts(
+    dataset: Any, leaf: Callable[[Any], P | str]
+) -> tuple[list[P], NDArray[np.int64] | None] | str:
+    """See through ``Subset`` and ``ConcatDataset``; return the parts behind them, and the rows."""
     kind = type(dataset)
     if kind is Subset:
-        return _subset(dataset)
+        return _subset(dataset, leaf)
     if kind is ConcatDataset:
-        return _concat(dataset)
+        return _concat(dataset, leaf)
+    part = leaf(dataset)
+    return part if isinstance(part, str) else ([part], None)
+
+
+def _array_part(dataset: Any) -> Part | str:
+    kind = type(dataset)
     if kind in (np.ndarray, np.memmap):
         check_images(dataset, "dataset")
-        return [Part(*_bare(dataset), (), None)], None
+        return Part(*_bare(dataset), (), None)
     reader = _READERS.get(getattr(kind, "__getitem__", None))
     if reader is None or hasattr(dataset, "__getitems__"):
         return f"{kind.__name__} has its own __getitem__"
@@ -355,11 +375,13 @@ def _resolve(dataset: Any) -> tuple[list[Part], NDArray[np.int64] | None] | str:
     count = len(part.images)
     if len(dataset) != count or any(len(column) < count for column in part.columns):
         return f"{kind.__name__} has another length than its images or labels"
-    return [part], None
+    return part
 
 
-def _subset(dataset: Subset[Any]) -> tuple[list[Part], NDArray[np.int64] | None] | str:
-    inner = _resolve(dataset.dataset)
+def _subset(
+    dataset: Subset[Any], leaf: Callable[[Any], P | str]
+) -> tuple[list[P], NDArray[np.int64] | None] | str:
+    inner = find_parts(dataset.dataset, leaf)
     if isinstance(inner, str):
         return inner
     parts, rows = inner
@@ -379,12 +401,14 @@ def _subset(dataset: Subset[Any]) -> tuple[list[Part], NDArray[np.int64] | None]
     return parts, indices if rows is None else rows[indices]
 
 
-def _concat(dataset: ConcatDataset[Any]) -> tuple[list[Part], NDArray[np.int64] | None] | str:
-    parts: list[Part] = []
+def _concat(
+    dataset: ConcatDataset[Any], leaf: Callable[[Any], P | str]
+) -> tuple[list[P], NDArray[np.int64] | None] | str:
+    parts: list[P] = []
     rows: list[NDArray[np.int64]] = []
     start = 0  # of the member's images among all
     for member in dataset.datasets:
-        inner = _resolve(member)
+        inner = find_parts(member, leaf)
         if isinstance(inner, str):
             return inner
         count = sum(len(part.images) for part in inner[0])

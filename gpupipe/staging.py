@@ -8,22 +8,33 @@ calls them in order, and ``docs/streams.md`` shows what goes wrong without each.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import accumulate
 from math import prod
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from gpupipe.errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     from gpupipe.devices import Device, Event, Stream
     from gpupipe.tables import Layout, Lookup
+
+Read = Callable[["NDArray[np.int64]", "list[NDArray[Any]]"], None]
+"""``read(rows, views)`` fills ``views[0]``, uint8 [len(rows), *image_shape], and one array for each
+column. It runs on the producer thread, must not refer to the feed or to the iterator that owns it,
+and must give the same for the same rows: after an error in a chunk of several batches it is called
+again, batch by batch, so that the batches before the bad one are still delivered."""
+
+Batch = tuple[torch.Tensor, tuple[torch.Tensor, ...]]
+"""The images, and the columns."""
 
 ALIGNMENT = 64
 """Bytes; where a column begins in a slot."""
@@ -111,6 +122,103 @@ class FeedSpec:
             .view(count, *field.shape)
             for field, start in zip(self.fields, self.offsets(count), strict=False)
         ]
+
+    def check(self, batches: Sequence[ArrayLike]) -> list[NDArray[np.int64]]:
+        """Return batches of rows as ``chunk`` wants them.
+
+        Raises:
+            InputError: no batch, an empty one, or one that is no vector of integers.
+        """
+        rows = [np.asarray(batch) for batch in batches]
+        if not rows or any(r.ndim != 1 or not len(r) or r.dtype.kind not in "iu" for r in rows):
+            raise InputError(
+                "batches must be a sequence of integer vectors, none of them empty, got "
+                f"{[(str(r.dtype), r.shape) for r in rows]}; pass the sampler's indices"
+            )
+        return [batch.astype(np.int64, copy=False) for batch in rows]
+
+    def chunk(self, read: Read, batches: list[NDArray[np.int64]]) -> PointwiseChunk:
+        """Begin a chunk of batches that share one copy and, if of one size, one launch."""
+        return PointwiseChunk(self, read, batches)
+
+
+class PointwiseChunk:
+    """Some batches of images of one size, for ``normalize``; see ``transfer.Chunk``."""
+
+    def __init__(self, spec: FeedSpec, read: Read, batches: list[NDArray[np.int64]]) -> None:
+        self._spec = spec
+        self._read = read
+        self._batches = batches
+        self._errors: list[Exception] = []
+        self.sizes = tuple(map(len, batches))
+        self.count = sum(self.sizes)
+        self.nbytes = spec.offsets(self.count)[-1]
+
+    def fill(self, host: torch.Tensor) -> tuple[int, list[Exception]]:
+        """Read all batches at once; where that fails, one by one up to the bad one.
+
+        No frame keeps the error: its traceback holds the frames, and the frames the memory.
+        """
+        views, batches = self._spec.host_views(host, self.count), self._batches
+        try:
+            self._read(np.concatenate(batches), views)
+        except Exception as error:  # noqa: BLE001 - a user's dataset may raise anything
+            self._errors.append(_noted(error, np.concatenate(batches)))
+        if not self._errors:
+            return len(batches), []
+        start = 0
+        for position, rows in enumerate(batches if len(batches) > 1 else ()):
+            try:
+                self._read(rows, [view[start : start + len(rows)] for view in views])
+            except Exception as error:  # noqa: BLE001 - a user's dataset may raise anything
+                self._errors[:] = [_noted(error, rows)]
+                return position, self._errors
+            start += len(rows)
+        return 0, self._errors
+
+    def after_copy(self, device: Device, staging: torch.Tensor, copy_stream: Stream) -> None:
+        """Nothing follows the copy."""
+
+    def launch(self, device: Device, staging: torch.Tensor, good: int) -> tuple[list[Batch], int]:
+        """Normalise the first ``good`` batches; see ``transfer.Chunk``."""
+        spec = self._spec
+        sizes = self.sizes[:good]
+        outputs = [
+            device.empty((size, *spec.output_shape), spec.lookup.dtype, spec.memory_format)
+            for size in sizes
+        ]
+        images, *columns = spec.views(staging, self.count)
+        start = 0
+        groups = launch_groups(outputs)
+        for group in groups:
+            end = start + sum(map(len, group))
+            device.normalize(images[start:end], None, group, spec.lookup, layout=spec.layout)
+            start = end
+        ends = list(accumulate(sizes))
+        return [
+            (output, tuple(device.clone(column[end - len(output) : end]) for column in columns))
+            for output, end in zip(outputs, ends, strict=True)
+        ], len(groups)
+
+
+def _noted(error: Exception, rows: NDArray[np.int64]) -> Exception:
+    """Name the stage and the rows on the user's own exception."""
+    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")  # noqa: PLR2004
+    error.add_note(f"gpupipe: while reading {len(rows)} sample(s) with indices {shown}")
+    return error
+
+
+def launch_groups(outputs: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Split into runs that one launch can write: all of one size, the last at most that."""
+    groups: list[list[torch.Tensor]] = []
+    sizes = [output.shape[0] for output in outputs]
+    for position, (output, size) in enumerate(zip(outputs, sizes, strict=True)):
+        first = position - len(groups[-1]) if groups else 0
+        if groups and sizes[position - 1] == sizes[first] >= size:
+            groups[-1].append(output)
+        else:
+            groups.append([output])
+    return groups
 
 
 class SlotState(Enum):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gpupipe import notices
 from gpupipe.devices import Device
+from gpupipe.faults import Faults
 from gpupipe.images import ImageKind
 from gpupipe.operators import pointwise
 from gpupipe.operators.pointwise import Refusal
@@ -25,6 +26,7 @@ from gpupipe.resident import DeviceImages
 from gpupipe.sources import ArraySource
 from gpupipe.tables import Layout, Lookup
 from gpupipe.torch_route import TorchRoute
+from gpupipe.workers import Workers
 
 MOST_TABLES = 16
 """Pipelines that are remembered; a transform that is new at each epoch does not pile up."""
@@ -40,6 +42,10 @@ class Settings:
     memory_format: torch.memory_format
     cache: str | None
     strict: bool
+    seed: int | None = None
+    epoch: int | None = None
+    threads: int | None = None
+    fast: bool = False
 
 
 @dataclass
@@ -53,6 +59,7 @@ class Table:
         levels: torchvision's result for all levels, before rounding to ``dtype``.
         lookup: the specification.
         proofs: by device, layout and memory format, what the kernel may evaluate; None: nothing.
+        geometry: by device and memory format, whether the steps gave torchvision's bits.
     """
 
     pipeline: Pipeline
@@ -63,6 +70,7 @@ class Table:
     proofs: dict[tuple[str, Layout, torch.memory_format], Lookup | None] = field(
         default_factory=dict
     )
+    geometry: dict[tuple[str, torch.memory_format], bool] = field(default_factory=dict)
 
 
 @dataclass
@@ -75,6 +83,10 @@ class State:
     warned: set[str] = field(default_factory=set)
     last: Plan | None = None
     persistent: bool = False
+    epochs: int = 0
+    base_seed: int = 0
+    workers: Workers | None = None
+    faults: Faults = field(default_factory=Faults)
     _verdict: tuple[list[Any], Verdict] | None = None
     _copy: tuple[list[NDArray[Any]], list[NDArray[Any]], DeviceImages] | None = None
 
@@ -82,6 +94,14 @@ class State:
     def deviations(self) -> int:
         """Samples so far that went through the original transform."""
         return 0 if self.last is None else self.last.deviations
+
+    def threads(self, wanted: int) -> Workers:
+        """Return the decode threads, the same ones at every epoch."""
+        if self.workers is None or self.workers.threads != wanted:
+            if self.workers is not None:
+                self.workers.close()
+            self.workers = Workers(wanted)
+        return self.workers
 
     def warn(self, message: str) -> None:
         """Warn once in the life of the loader."""

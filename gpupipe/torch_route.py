@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import IterableDataset
 
 from gpupipe.batch import move, restyle
+from gpupipe.epochs import EpochBatches
 from gpupipe.errors import InputError
 from gpupipe.plan import Plan
-from gpupipe.routes import EpochBatches
 
 
 class TorchRoute:

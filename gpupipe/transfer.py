@@ -11,44 +11,70 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 
 from gpupipe import notices
 from gpupipe.errors import DeviceError, GpupipeError, InputError
-from gpupipe.staging import FeedSpec, Ring, Slot, SlotState
+from gpupipe.staging import Batch, Ring, Slot, SlotState
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
-
     from gpupipe.devices import Device, Stream
-
-Read = Callable[["NDArray[np.int64]", "list[NDArray[Any]]"], None]
-"""``read(rows, views)`` fills ``views[0]``, uint8 [len(rows), *image_shape], and one array for each
-column. It runs on the producer thread, must not refer to the feed or to the iterator that owns it,
-and must give the same for the same rows: after an error in a chunk of several batches it is called
-again, batch by batch, so that the batches before the bad one are still delivered."""
-
-Batch = tuple[torch.Tensor, tuple[torch.Tensor, ...]]
-"""The images, and the columns."""
 
 CLOSE_TIMEOUT_S = 10.0
 """How long ``close`` waits for a read that is under way; the memory then goes with its thread."""
 
 
+class Chunk(Protocol):
+    """What one slot holds and one launch makes: some batches.
+
+    It is made on the producer's thread by ``spec.chunk(read, batches)``, which may raise.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slot that it takes."""
+
+    def fill(self, host: torch.Tensor) -> tuple[int, list[Exception]]:
+        """Write the host buffer, on the producer's thread.
+
+        Returns:
+            How many batches can be delivered, and, in a list, what the one after them failed with.
+            -1: the chunk has grown, and wants a buffer of ``nbytes`` anew.
+        """
+
+    def after_copy(self, device: Device, staging: torch.Tensor, copy_stream: Stream) -> None:
+        """Enqueue, on the copy stream, what has to follow the copy."""
+
+    def launch(self, device: Device, staging: torch.Tensor, good: int) -> tuple[list[Batch], int]:
+        """Allocate and make the first ``good`` batches, on the consumer's current stream.
+
+        Returns:
+            The batches, and how many launches it took.
+        """
+
+
+class Spec(Protocol):
+    """Says how chunks are made, see ``staging.FeedSpec``."""
+
+    def check(self, batches: Sequence[Any]) -> list[Any]:
+        """Return the batches as ``chunk`` wants them, or refuse them."""
+
+    def chunk(self, read: Any, batches: list[Any]) -> Chunk:
+        """Begin a chunk."""
+
+
 @dataclass(frozen=True)
 class _Ready:
-    """A filled slot whose copy is enqueued: batches of ``sizes`` out of room for ``count``."""
+    """A filled slot whose copy is enqueued; the first ``good`` of its batches are there."""
 
     slot: Slot
-    sizes: tuple[int, ...]
-    count: int
+    chunk: Chunk
+    good: int
 
 
 @dataclass(frozen=True)
@@ -61,17 +87,17 @@ class _Failed:
 class Producer:
     """The half of a feed that the thread holds: it knows nothing of the half that owns it."""
 
-    def __init__(self, device: Device, spec: FeedSpec, read: Read, depth: int) -> None:
+    def __init__(self, device: Device, spec: Spec, read: Any, depth: int) -> None:
+        self.device = device
         self.spec = spec
         self.ring = Ring(device, depth)
-        self.tasks: SimpleQueue[list[NDArray[np.int64]] | None] = SimpleQueue()
+        self.tasks: SimpleQueue[list[Any] | None] = SimpleQueue()
         self.ready: SimpleQueue[_Ready | _Failed | None] = SimpleQueue()
         self.thread: threading.Thread | None = None
         self.launching = threading.RLock()
         self.stopping = False
         self.copies = 0
         self._read = read
-        self._errors: list[Exception] = []
         self._pid = os.getpid()
         self._orphaned = False
         self._finished = False
@@ -86,7 +112,7 @@ class Producer:
             if self._orphaned:
                 self._release()
 
-    def serve(self, batches: list[NDArray[np.int64]]) -> bool:
+    def serve(self, batches: list[Any]) -> bool:
         """Fill a slot, enqueue its copy, and hand it over; return whether to go on."""
         slot = self.ring.free.get()
         if slot is None or self.stopping:
@@ -97,46 +123,26 @@ class Producer:
             self.ready.put(_Failed(error))
             return False
 
-    def _fill(self, slot: Slot, batches: list[NDArray[np.int64]]) -> bool:
+    def _fill(self, slot: Slot, batches: list[Any]) -> bool:
         """Read and copy what can be read, then report what the rest failed with."""
         slot.state = SlotState.FILLING
-        sizes = tuple(map(len, batches))
-        count = sum(sizes)
-        nbytes = self.spec.offsets(count)[-1]
+        chunk = self.spec.chunk(self._read, batches)
         slot.await_copied()
-        self.ring.reserve(slot, nbytes)
-        good = self._read_chunk(batches, self.spec.host_views(slot.buffers()[0], count))
+        good = -1
+        while good < 0:
+            self.ring.reserve(slot, chunk.nbytes)
+            good, errors = chunk.fill(slot.buffers()[0])
         if good:
             slot.await_consumed_on(self.ring.copy_stream)
-            slot.copy(nbytes, self.ring.copy_stream)
+            slot.copy(chunk.nbytes, self.ring.copy_stream)
+            chunk.after_copy(self.device, slot.buffers()[1], self.ring.copy_stream)
             slot.mark_copied(self.ring.copy_stream)
             slot.state = SlotState.READY
             self.copies += 1
-            self.ready.put(_Ready(slot, sizes[:good], count))
-        if self._errors:
-            self.ready.put(_Failed(self._errors.pop()))
+            self.ready.put(_Ready(slot, chunk, good))
+        if errors:
+            self.ready.put(_Failed(errors.pop()))
         return good == len(batches)
-
-    def _read_chunk(self, batches: list[NDArray[np.int64]], views: list[NDArray[Any]]) -> int:
-        """Return how many batches were read; ``_errors`` has what the one after them failed with.
-
-        No frame keeps the error: its traceback holds the frames, and the frames the memory.
-        """
-        try:
-            self._read(np.concatenate(batches), views)
-        except Exception as error:  # noqa: BLE001 - a user's dataset may raise anything
-            self._errors.append(_noted(error, np.concatenate(batches)))
-        if not self._errors:
-            return len(batches)
-        start = 0
-        for position, rows in enumerate(batches if len(batches) > 1 else ()):
-            try:
-                self._read(rows, [view[start : start + len(rows)] for view in views])
-            except Exception as error:  # noqa: BLE001 - a user's dataset may raise anything
-                self._errors[:] = [_noted(error, rows)]
-                return position
-            start += len(rows)
-        return 0
 
     def stop(self) -> None:
         """Stop the thread, wait for the device, free the memory. Any thread; again is no error."""
@@ -173,13 +179,6 @@ class Producer:
         return os.getpid() != self._pid
 
 
-def _noted(error: Exception, rows: NDArray[np.int64]) -> Exception:
-    """Name the stage and the rows on the user's own exception."""
-    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")  # noqa: PLR2004
-    error.add_note(f"gpupipe: while reading {len(rows)} sample(s) with indices {shown}")
-    return error
-
-
 class StagedFeed:
     """Batches on the device, in the order in which their indices were submitted.
 
@@ -188,7 +187,7 @@ class StagedFeed:
     Args:
         device: where batches are made.
         spec: what a sample is.
-        read: fills host arrays, see ``Read``.
+        read: what ``spec.chunk`` reads with: for a ``FeedSpec`` see ``staging.Read``.
         depth: chunks that may be under way at once, each with a slot of its own.
         threaded: read on a thread; otherwise inside ``next``.
     """
@@ -196,7 +195,7 @@ class StagedFeed:
     producer_type = Producer
 
     def __init__(
-        self, device: Device, spec: FeedSpec, read: Read, *, depth: int = 3, threaded: bool = True
+        self, device: Device, spec: Spec, read: Any, *, depth: int = 3, threaded: bool = True
     ) -> None:
         self._device = device
         self._spec = spec
@@ -204,6 +203,7 @@ class StagedFeed:
         self._delivery: deque[Batch] = deque()
         self._slot: Slot | None = None
         self._stream: Stream | None = None
+        self._chunk: Chunk | None = None
         self._failure = ""
         self.pending = 0
         self.launches = 0
@@ -223,26 +223,27 @@ class StagedFeed:
         """Bytes of pinned memory held now; the staging on the device is as large."""
         return self._producer.ring.nbytes
 
-    def submit(self, batches: Sequence[ArrayLike]) -> None:
+    @property
+    def picks(self) -> Any:
+        """Whose samples the chunk that was delivered last holds, where its chunk says so."""
+        return getattr(self._chunk, "picks", None)
+
+    def submit(self, batches: Sequence[Any]) -> None:
         """Ask for a chunk: its batches share one copy and, if of one size, one launch.
 
         Never blocks. ``pending`` counts the batches that were asked for and not yet delivered.
 
         Args:
-            batches: int64 [N] each, N >= 1; the last of a chunk may be smaller. Kept, not copied.
+            batches: as the spec wants them: for a ``FeedSpec`` int64 [N] each, N >= 1; the last of
+                a chunk may be smaller. Kept, not copied.
 
         Raises:
             InputError: no batch, an empty one, or one that is no vector of integers.
             GpupipeError: the feed is closed, or failed before.
         """
         self._check()
-        chunk = [np.asarray(rows) for rows in batches]
-        if not chunk or any(r.ndim != 1 or not len(r) or r.dtype.kind not in "iu" for r in chunk):
-            raise InputError(
-                "batches must be a sequence of integer vectors, none of them empty, got "
-                f"{[(str(r.dtype), r.shape) for r in chunk]}; pass the sampler's indices"
-            )
-        self._producer.tasks.put([rows.astype(np.int64, copy=False) for rows in chunk])
+        chunk = self._spec.check(batches)
+        self._producer.tasks.put(chunk)
         self.pending += len(chunk)
 
     def next(self) -> Batch:
@@ -323,7 +324,7 @@ class StagedFeed:
         except Exception as error:
             self._failure = repr(error)
             raise
-        self._slot, self._stream = slot, stream
+        self._slot, self._stream, self._chunk = slot, stream, ready.chunk
         if self._producer.stopping:  # close() ran in a signal handler, in the midst of this
             stream.synchronize()
         slot.user = None
@@ -332,24 +333,10 @@ class StagedFeed:
 
     def _enqueue(self, ready: _Ready, stream: Stream) -> list[Batch]:
         """Allocate on the current stream, which is ``stream``, and launch there."""
-        device, spec = self._device, self._spec
-        outputs = [
-            device.empty((size, *spec.output_shape), spec.lookup.dtype, spec.memory_format)
-            for size in ready.sizes
-        ]
-        images, *columns = spec.views(ready.slot.buffers()[1], ready.count)
         ready.slot.await_copied_on(stream)
-        start = 0
-        for group in launch_groups(outputs):
-            end = start + sum(map(len, group))
-            device.normalize(images[start:end], None, group, spec.lookup, layout=spec.layout)
-            self.launches += 1
-            start = end
-        ends = list(accumulate(ready.sizes))
-        return [
-            (output, tuple(device.clone(column[end - len(output) : end]) for column in columns))
-            for output, end in zip(outputs, ends, strict=True)
-        ]
+        batches, launches = ready.chunk.launch(self._device, ready.slot.buffers()[1], ready.good)
+        self.launches += launches
+        return batches
 
     def _hand_over(
         self, images: torch.Tensor, columns: Sequence[torch.Tensor], stream: Stream
@@ -368,16 +355,3 @@ class StagedFeed:
         self._producer.stop()
         self._delivery.clear()
         self._finalizer.detach()
-
-
-def launch_groups(outputs: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Split into runs that one launch can write: all of one size, the last at most that."""
-    groups: list[list[torch.Tensor]] = []
-    sizes = [output.shape[0] for output in outputs]
-    for position, (output, size) in enumerate(zip(outputs, sizes, strict=True)):
-        first = position - len(groups[-1]) if groups else 0
-        if groups and sizes[position - 1] == sizes[first] >= size:
-            groups[-1].append(output)
-        else:
-            groups.append([output])
-    return groups

@@ -17,7 +17,7 @@ from gpupipe.transfer import StagedFeed
 from tests.simulated import SimulatedDevice, SimulatedStream
 
 if TYPE_CHECKING:
-    from gpupipe import transfer
+    from gpupipe import staging
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COLUMNS = (Column((), torch.int64), Column((3,), torch.float32), Column((), torch.bool))
@@ -153,7 +153,7 @@ class BadSampleError(KeyError):
     """What a user's dataset raises."""
 
 
-def fails_at(source: Source, bad: int) -> transfer.Read:
+def fails_at(source: Source, bad: int) -> staging.Read:
     """Return a read that raises where ``bad`` is among the rows."""
 
     def read(rows: Rows, views: list[NDArray[Any]]) -> None:

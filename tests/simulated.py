@@ -27,11 +27,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gpupipe import cpu_ops
 from gpupipe.devices import HostMemory
+from gpupipe.program import Program
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from gpupipe.program import Recipe
     from gpupipe.tables import Layout, Lookup
 
 POISON = 0xA5
@@ -293,6 +296,22 @@ class SimulatedDevice:
                     row.copy_(next(done).reshape(row.shape))
 
         self.enqueue(work, images, *outputs)
+
+    def resample(
+        self,
+        images: torch.Tensor,
+        program: Program,
+        outputs: Sequence[torch.Tensor],
+        recipe: Recipe,
+    ) -> None:
+        self._step("resample")
+
+        def work(*tensors: torch.Tensor) -> None:
+            memory, frames, steps, weights, *targets = tensors
+            host = Program(frames.numpy(), steps.numpy(), weights.numpy())
+            cpu_ops.resample(memory.numpy(), host, targets, recipe, threads=1)
+
+        self.enqueue(work, images, program.frames, program.steps, program.weights, *outputs)
 
     def clone(self, source: torch.Tensor) -> torch.Tensor:
         self._step("clone")

@@ -45,7 +45,7 @@ TRAIN = """
     train = gpupipe.ArrayDataset(images, np.arange(40), transform=fused)
     loader = DataLoader(train, batch_size=8, shuffle=True)
     ours = gpupipe.DataLoader(train, batch_size=8)
-    part = DataLoader(Own(T.Compose([T.ToPILImage(), T.RandomVerticalFlip(), *fused.transforms])))
+    part = DataLoader(Own(T.Compose([T.ToPILImage(), T.RandomRotation(9), *fused.transforms])))
     custom = DataLoader(Own(T.Compose([T.ToTensor(), Shouted(0.5, 0.25), lambda x: x])))
     sly = DataLoader(Own(T.Compose([T.ToTensor(), Sly()])), batch_size=8)
     wrong = DataLoader(Own(T.Compose([T.ToTensor(), T.Normalize(0.5, 0.0)])))

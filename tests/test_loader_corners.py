@@ -24,7 +24,7 @@ from torchvision import transforms as T  # noqa: N812 # torchvision's own habit
 from torchvision.transforms import v2
 
 import gpupipe
-from gpupipe import routes
+from gpupipe import epochs
 from gpupipe.memory import OutputPool
 from gpupipe.resident import ResidentFeed
 from tests.test_loader import GREY, MEAN, RGB, STD, Plain, assert_same, cifar, mnist, run
@@ -240,7 +240,7 @@ def test_equal_transforms_of_parts_are_one() -> None:
 
 def test_one_launch_stays_small_with_a_batch_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     """The size of a launch follows the batches that come, not an argument."""
-    monkeypatch.setattr(routes, "CHUNK_BYTES", 40 * 9 * 13 * 4)
+    monkeypatch.setattr(epochs, "CHUNK_BYTES", 40 * 9 * 13 * 4)
     sizes: list[int] = []
     submit = ResidentFeed.submit
 
@@ -268,8 +268,8 @@ def test_the_plan_is_what_holds_now() -> None:
 
 def test_strict_wants_all_of_it_fused() -> None:
     """``strict=True`` refuses a CPU prefix and a collate that has to be torch's."""
-    prefix = mnist(transform=T.Compose([T.RandomCrop(8), *GREY.transforms]))
-    with pytest.raises(gpupipe.PlanError, match="RandomCrop"):
+    prefix = mnist(transform=T.Compose([T.RandomRotation(8), *GREY.transforms]))
+    with pytest.raises(gpupipe.PlanError, match="RandomRotation"):
         iter(gpupipe.DataLoader(prefix, strict=True))
 
     def mix(samples: list[Any]) -> Any:
@@ -290,7 +290,7 @@ def test_set_epoch_reaches_a_sampler_inside_a_batch_sampler() -> None:
 def test_warnings_point_here() -> None:
     """A warning names the user's file, whatever route it came by."""
     wrong = T.Compose([T.ToTensor(), T.Normalize((33.3,), (78.6,))])
-    unfused = T.Compose([T.ToTensor(), T.RandomErasing(), T.Normalize(MEAN, STD)])
+    unfused = T.Compose([T.ToTensor(), T.RandomInvert(), T.Normalize(MEAN, STD)])
     for dataset in (mnist(transform=wrong), cifar(transform=unfused)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -306,7 +306,7 @@ def test_only_images_are_restyled() -> None:
         def __getitem__(self, index: int) -> Any:
             return super().__getitem__(index)["image"], torch.ones(2, 3, 4)
 
-    erasing = T.Compose([T.ToTensor(), T.RandomErasing(p=0), T.Normalize(MEAN, STD)])
+    erasing = T.Compose([T.ToTensor(), T.RandomInvert(p=0), T.Normalize(MEAN, STD)])
     for transform in (RGB, erasing):
         loader = gpupipe.DataLoader(Pairs(transform=transform), batch_size=4, dtype=torch.float16)
         images, targets = next(iter(loader))

@@ -11,7 +11,7 @@ from torchvision import transforms as T  # noqa: N812 # torchvision's own habit
 from gpupipe import ArrayDataset, cpu_ops
 from gpupipe.devices import CpuDevice
 from gpupipe.plan import cut, specify
-from gpupipe.resident import DeviceImages, HostImages, ResidentFeed
+from gpupipe.resident import DeviceImages, HostImages, PointwiseFeed
 from gpupipe.routes import feed_spec
 from gpupipe.sources import ArraySource, resolve
 
@@ -31,7 +31,7 @@ def source(parts: int) -> tuple[ArraySource, list[torch.Tensor]]:
     return found, [TRANSFORM(image) for array in arrays for image in array]
 
 
-def feed(found: ArraySource, *, copied: bool) -> ResidentFeed:
+def feed(found: ArraySource, *, copied: bool) -> PointwiseFeed:
     """Return a feed over the host's arrays, or over a copy as ``cache="device"`` makes it."""
     pipeline = cut(TRANSFORM)
     kind = found.first.kind
@@ -39,7 +39,7 @@ def feed(found: ArraySource, *, copied: bool) -> ResidentFeed:
         pipeline, specify(pipeline, kind), kind, (5, 7, 3), "NHWC", torch.channels_last
     )
     device = CpuDevice()
-    return ResidentFeed(device, spec, DeviceImages(found, device) if copied else HostImages(found))
+    return PointwiseFeed(device, spec, DeviceImages(found, device) if copied else HostImages(found))
 
 
 def test_batches_equal_torchvision() -> None:

@@ -16,9 +16,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpupipe import transfer
+from gpupipe import staging, transfer
 from gpupipe.devices import CpuDevice
-from gpupipe.staging import Slot
+from gpupipe.staging import FeedSpec, Slot
 from gpupipe.transfer import Producer, StagedFeed
 from tests.feeding import (
     MakeDevice,
@@ -98,14 +98,17 @@ class LaunchingProducer(Producer):
     def launch(self, ready: transfer._Ready) -> None:
         """Allocate on the default stream, which the consumer uses, and launch on another."""
         device, copy_stream, spec = ready.slot._device, self.ring.copy_stream, self.spec
+        chunk = ready.chunk
+        assert isinstance(spec, FeedSpec)
+        assert isinstance(chunk, staging.PointwiseChunk)
         assert isinstance(device, SimulatedDevice)
         assert isinstance(copy_stream, SimulatedStream)
         outputs = [
             device.empty((size, *spec.output_shape), spec.lookup.dtype, spec.memory_format)
-            for size in ready.sizes
+            for size in chunk.sizes
         ]
         with device.stream(copy_stream):
-            images = spec.views(ready.slot.buffers()[1], ready.count)[0]
+            images = spec.views(ready.slot.buffers()[1], chunk.count)[0]
             device.normalize(images, None, outputs, spec.lookup, layout=spec.layout)
         made = device.new_event()
         made.record(copy_stream)
@@ -117,7 +120,7 @@ class LaunchedElsewhere(StagedFeed):
 
     producer_type: type[Producer] = LaunchingProducer
 
-    def _enqueue(self, ready: transfer._Ready, stream: Any) -> list[transfer.Batch]:
+    def _enqueue(self, ready: transfer._Ready, stream: Any) -> list[staging.Batch]:
         assert isinstance(self._producer, LaunchingProducer)
         outputs, made = self._producer.made.popleft()
         stream.wait_event(made)

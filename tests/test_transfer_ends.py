@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from gpupipe import transfer
+from gpupipe import staging, transfer
 from gpupipe.devices import CpuDevice, Device
 from gpupipe.errors import GpupipeError, GpupipeWarning
 from gpupipe.transfer import StagedFeed
@@ -98,7 +98,7 @@ def interrupted(feed: StagedFeed, batches: list[Rows]) -> None:
     feed.close()
 
 
-def slow(source: Source) -> transfer.Read:
+def slow(source: Source) -> staging.Read:
     """Return a read that is waited for."""
 
     def read(rows: Rows, views: list[NDArray[Any]]) -> None:
@@ -278,7 +278,7 @@ def test_signal_handler_may_close(make_device: MakeDevice, source: Source) -> No
     device = make_device(7)
 
     class Closing(StagedFeed):
-        def _enqueue(self, ready: transfer._Ready, stream: Any) -> list[transfer.Batch]:
+        def _enqueue(self, ready: transfer._Ready, stream: Any) -> list[staging.Batch]:
             batches = super()._enqueue(ready, stream)
             self.close()
             return batches

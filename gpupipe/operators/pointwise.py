@@ -112,6 +112,16 @@ def takes_uint8(operator: Any) -> bool:
     return is_pointwise(operator) and not is_a(type(operator), _NORMALIZE)
 
 
+def keeps_levels(operator: Any) -> bool:
+    """Whether a value that ``operator`` is given comes out as it was, in another container."""
+    if is_marked(operator):
+        return False
+    if is_a(type(operator), ("ToDtype", "ConvertImageDtype")):
+        dtype = getattr(operator, "dtype", None)
+        return dtype is torch.uint8
+    return is_a(type(operator), ("PILToTensor", "ToImage", "ToPureTensor"))
+
+
 def run(operators: Sequence[Callable[[Any], Any]], image: Any) -> Any:
     """Return what the operators make of an image, one after the other, by torchvision itself."""
     for operator in operators:
