@@ -108,8 +108,8 @@ def _decode_jpeg(data: Bytes) -> Bytes | None:
 def _decode_smaller(data: Bytes, header: Header, scale: int) -> Bytes:
     """Decode a JPEG at a fraction of its size, by the inverse transform of fewer coefficients."""
     with _opened(data) as image:
-        # draft() takes the coarsest fraction that is not smaller than asked for.
-        image.draft("RGB", (-(-header.width // scale), -(-header.height // scale)))
+        # draft() divides each side by what is asked for, and takes the smaller quotient.
+        image.draft("RGB", (max(1, header.width // scale), max(1, header.height // scale)))
         return _converted(image)
 
 

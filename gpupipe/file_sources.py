@@ -170,6 +170,12 @@ def resolve(dataset: Any) -> FileSource | str:
     return FileSource(parts, rows)
 
 
+def as_dataset(dataset: Any) -> Any:
+    """Return a plain list of paths or of encoded images as a dataset that opens them."""
+    plain = type(dataset) in (list, tuple) and not isinstance(_plain(dataset), str)
+    return ImageFiles(dataset) if plain else dataset
+
+
 def _part(dataset: Any) -> FilePart | str:  # noqa: C901 # one branch a refusal
     kind = type(dataset)
     if kind in (list, tuple):

@@ -58,7 +58,7 @@ def plan(loader: TorchDataLoader[Any], settings: Settings, state: State) -> Plan
 
 def find(loader: TorchDataLoader[Any], settings: Settings, state: State) -> Found:
     """Read the dataset and its transform; decide what can be fused."""
-    dataset: Any = loader.dataset
+    dataset: Any = file_sources.as_dataset(loader.dataset)
     explicit = settings.transform if callable(settings.transform) else None
     found = Found(Plan(), dataset)
     found.plan.delivery = "torch's own loader"
