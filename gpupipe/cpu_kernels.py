@@ -18,6 +18,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -272,6 +274,7 @@ def compile_kernel(function: Any, signature: Any, *variant: int) -> Kernel:
     once could exchange them.
     """
     cpu = f"{get_host_cpu_name()}\n{get_host_cpu_features().flatten()}\n{numba.__version__}"
+    cpu += _sources()
     digest = hashlib.sha256(cpu.encode()).hexdigest()[:12]
     name = "-".join([digest, function.__qualname__.split(".")[0], *map(str, map(int, variant))])
     config: Any = numba.config
@@ -283,6 +286,13 @@ def compile_kernel(function: Any, signature: Any, *variant: int) -> Kernel:
         finally:
             config.CACHE_DIR = before
     return kernel
+
+
+@cache
+def _sources() -> str:
+    """Name the state of all kernels' files: numba looks only at the one that is compiled."""
+    files = sorted(Path(__file__).parent.glob("cpu_*.py"))
+    return "".join(f"\n{path.name} {path.stat().st_mtime_ns}" for path in files)
 
 
 def vector(channels: int, planar_in: bool, planar_out: bool, kind: int, streaming: bool) -> Kernel:

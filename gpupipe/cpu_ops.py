@@ -282,6 +282,6 @@ def _compiled_geometry() -> Kernel:
 @cache
 def _compiled_erasing(size: int) -> Kernel:
     with collector_paused():
-        from gpupipe import cpu_resample  # numba alone costs 0.2 s
+        from gpupipe import cpu_erase  # numba alone costs 0.2 s
 
-        return cpu_resample.erasing(size)
+        return cpu_erase.erasing(size)

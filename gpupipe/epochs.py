@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 8 << 20
 """Outputs that one launch makes at most, of several batches."""
 
+PROGRAM_CHUNK_BYTES = 32 << 20
+"""Likewise, where parameters are drawn for every batch: many at once cost little more than one."""
+
 MAX_CHUNK = 32
 """Batches in one launch at most."""
 
@@ -72,11 +75,13 @@ class Batches(EpochBatches):
         depth: int,
         free_ahead: int,
         most: int = MAX_CHUNK,
+        chunk_bytes: int | None = None,
     ) -> None:
         self._indices = indices
         self._pick = pick
         self._position = 0
         self._most = most
+        self._chunk_bytes = chunk_bytes
         self._feed = feed
         self._assemble = assemble
         self._plan = plan
@@ -169,7 +174,7 @@ class Batches(EpochBatches):
 
     def _more(self, size: int) -> int:
         """Return how many batches may join one of ``size`` images in its launch."""
-        room = CHUNK_BYTES // max(1, size * self._sample_bytes)
+        room = (self._chunk_bytes or CHUNK_BYTES) // max(1, size * self._sample_bytes)
         unseen = max(self._indices.ahead(), self._free_ahead - len(self._taken) - 1)
         return max(0, min(self._chunk - 1, room - 1, unseen))
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpupipe.devices import Device
+from gpupipe.device import Device
 from gpupipe.file_batch import FileBatch, Reading
 from gpupipe.geometry import check_program
 from gpupipe.program import FRAME, Frame

@@ -20,8 +20,9 @@ from torchvision import datasets
 from torchvision.datasets import folder
 
 from gpupipe.array_dataset import Transform
+from gpupipe.columns import NO_COLUMN, number_column
 from gpupipe.image_files import ImageFiles, read_item
-from gpupipe.sources import NO_COLUMN, find_parts, number_column
+from gpupipe.sources import find_parts
 
 _LOADERS = (folder.default_loader, folder.pil_loader)
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gpupipe import devices
-from gpupipe.devices import CpuDevice, Device
+from gpupipe.device import Device
+from gpupipe.devices import CpuDevice
 from gpupipe.errors import InputError, PlanError
 from gpupipe.images import ImageKind
 from gpupipe.operators.pointwise import Refusal, is_marked

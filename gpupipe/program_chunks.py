@@ -29,7 +29,7 @@ from gpupipe.rendering import (
 from gpupipe.staging import ALIGNMENT, Batch, Column, launch_groups
 
 if TYPE_CHECKING:
-    from gpupipe.devices import Device, Stream
+    from gpupipe.device import Device, Stream
     from gpupipe.sources import ArraySource
 
 MakeChunk = Callable[["ProgramSpec", list[Picks]], "ProgramChunk"]

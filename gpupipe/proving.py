@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpupipe.devices import Device
+from gpupipe.device import Device
 from gpupipe.images import ImageKind, raw_bytes
 from gpupipe.operators.pointwise import same_bits
 from gpupipe.plan import Pipeline

@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 from gpupipe.batch import move
 from gpupipe.collate import CollateChanged, CollatePlan, CollateRefusal, recognise
-from gpupipe.devices import Device
+from gpupipe.device import Device
 from gpupipe.epochs import EpochBatches
 from gpupipe.errors import InputError, PlanError, SourceError
 from gpupipe.fetching import LiftedFetcher, is_batched, read

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpupipe.devices import Device
+from gpupipe.device import Device
 from gpupipe.errors import DeviceError
 from gpupipe.sources import ArraySource
 from gpupipe.staging import Batch, FeedSpec, launch_groups

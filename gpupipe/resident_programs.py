@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpupipe.devices import Device
+from gpupipe.device import Device
 from gpupipe.program import Frame, Program, Recipe
 from gpupipe.program_chunks import ProgramSpec
 from gpupipe.rendering import Picks, array_frames, output_shape

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from gpupipe.batch import Assemble
-from gpupipe.devices import CpuDevice, Device
-from gpupipe.epochs import Batches, Feed, Pick
+from gpupipe.device import Device
+from gpupipe.devices import CpuDevice
+from gpupipe.epochs import PROGRAM_CHUNK_BYTES, Batches, Feed, Pick
 from gpupipe.faults import Faults
 from gpupipe.file_batch import Reading
 from gpupipe.file_chunk import FileChunk
@@ -190,6 +191,7 @@ class ArrayRoute:
             sample_bytes=prod(shape) * self._lookup.dtype.itemsize,
             depth=DEPTH if isinstance(feed, StagedFeed) else 1,
             free_ahead=free_ahead,
+            chunk_bytes=None if self._pipeline.is_pointwise else PROGRAM_CHUNK_BYTES,
         )
 
     def _pointwise(self) -> tuple[Feed, Pick, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 
 from gpupipe import devices
 from gpupipe.batch import assembler
-from gpupipe.devices import Device
+from gpupipe.device import Device
 from gpupipe.epochs import EpochBatches
 from gpupipe.errors import DeviceError, PlanError
 from gpupipe.fetching import LiftedFetcher

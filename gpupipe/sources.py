@@ -17,10 +17,11 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision import datasets
 
 from gpupipe.array_dataset import ArrayDataset, Transform, check_images
+from gpupipe.columns import NO_COLUMN, label_column, number_column
 from gpupipe.errors import IndexRangeError
 from gpupipe.images import ImageKind
 from gpupipe.tables import Layout
@@ -28,8 +29,6 @@ from gpupipe.threads import split
 
 THREAD_BYTES = 1 << 20
 """A copy of at least this size is shared among threads."""
-
-NO_COLUMN = "its labels are not plain numbers of one type"
 
 
 class Images(Protocol):
@@ -162,43 +161,6 @@ def _is_mapped(array: Any) -> bool:
     return False
 
 
-def _array(values: Any) -> NDArray[Any] | None:
-    """Return values as an array if they all have one type and shape, or None."""
-    if isinstance(values, (list, tuple)) and len(set(map(type, values))) > 1:
-        return None  # default_collate goes by the first of a batch, NumPy by all of them
-    try:
-        return np.asarray(values)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return None
-
-
-def _label_column(values: Any) -> NDArray[Any] | None:
-    """Return labels as default_collate would type them after ``int()``, or None."""
-    array = _array(values)
-    if array is None or array.ndim != 1 or array.dtype.kind not in "iu":
-        return None
-    if array.size and array.max() > np.iinfo(np.int64).max:
-        return None  # default_collate refuses them
-    return array.astype(np.int64, copy=False)
-
-
-def number_column(values: Any) -> NDArray[Any] | None:
-    """Return a sequence of numbers with the dtype that default_collate gives them, or None."""
-    array = _array(values)
-    if array is None or array.dtype.kind not in "biuf" or not array.ndim or not len(array):
-        return None
-    try:
-        batch = default_collate([values[0]])
-    except (TypeError, ValueError, RuntimeError):  # float128, foreign byte order, too large
-        return None
-    if not isinstance(batch, torch.Tensor) or batch.shape[1:] != array.shape[1:]:
-        return None  # a list of lists is collated item by item
-    dtype = batch.numpy().dtype
-    if not np.can_cast(array.dtype, dtype):
-        return None  # a list of ints that int64 cannot hold: NumPy makes them uint64 or float64
-    return array.astype(dtype, copy=False)
-
-
 def _misfit(data: Any, holder: type[Any], axes: tuple[str | int, ...]) -> str | None:
     """Say why ``data`` is no ``holder`` of uint8 with such axes (a number: a size), or None."""
     if not isinstance(data, holder):
@@ -228,7 +190,7 @@ def _pil_part(
 
 
 def _grey(dataset: Any, targets: Any) -> Part | str:
-    images, labels = dataset.data, _label_column(targets)
+    images, labels = dataset.data, label_column(targets)
     return _misfit(images, torch.Tensor, ("N", "H", "W")) or _pil_part(
         dataset, images.numpy(), labels, "L", lambda row: int(targets[row])
     )
@@ -259,7 +221,7 @@ def _svhn(dataset: Any) -> Part | str:
     if wrong := _misfit(images, np.ndarray, ("N", 3, "H", "W")):
         return wrong
     # Each image is transposed to [H, W, 3] before it becomes a PIL image.
-    pixels, column = images.transpose(0, 2, 3, 1), _label_column(labels)
+    pixels, column = images.transpose(0, 2, 3, 1), label_column(labels)
     return _pil_part(dataset, pixels, column, "RGB", lambda row: int(labels[row]))
 
 

@@ -24,7 +24,7 @@ from gpupipe.errors import InputError
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-    from gpupipe.devices import Device, Event, Stream
+    from gpupipe.device import Device, Event, Stream
     from gpupipe.tables import Layout, Lookup
 
 Read = Callable[["NDArray[np.int64]", "list[NDArray[Any]]"], None]

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from gpupipe import notices
-from gpupipe.devices import Device
+from gpupipe.device import Device
 from gpupipe.faults import Faults
 from gpupipe.images import ImageKind
 from gpupipe.operators import pointwise

@@ -23,7 +23,7 @@ from gpupipe.errors import DeviceError, GpupipeError, InputError
 from gpupipe.staging import Batch, Ring, Slot, SlotState
 
 if TYPE_CHECKING:
-    from gpupipe.devices import Device, Stream
+    from gpupipe.device import Device, Stream
 
 CLOSE_TIMEOUT_S = 10.0
 """How long ``close`` waits for a read that is under way; the memory then goes with its thread."""

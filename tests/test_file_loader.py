@@ -32,6 +32,10 @@ EVAL = T.Compose([T.Resize(40), T.CenterCrop(32), T.ToTensor(), NORMALIZE])
 COUNT = 41
 
 
+load: Any = gpupipe.DataLoader
+"""For datasets that torch's types do not know: lists."""
+
+
 def picture(number: int) -> Image.Image:
     """Return a picture of its own size; every seventh is grey."""
     rng = np.random.default_rng(number)
@@ -149,7 +153,7 @@ def test_repeats_differ_and_torchs_seed_rules(root: Path) -> None:
         assert all(map(torch.equal, images, epoch(seed)))
 
 
-SOURCES = {
+SOURCES: dict[str, Any] = {
     "paths": lambda root: sorted(map(str, root.glob("*/*.jpg"))),
     "bytes": lambda root: [path.read_bytes() for path in sorted(root.glob("*/*.jpg"))],
 }
@@ -160,7 +164,7 @@ def test_plain_lists(root: Path, name: str) -> None:
     """A list of paths, or of encoded images, is a dataset; the sample is the image."""
     items = SOURCES[name](root)
     reference = gpupipe.ImageFiles(items, transform=EVAL)
-    loader = gpupipe.DataLoader(items, batch_size=4, transform=EVAL)
+    loader = load(items, batch_size=4, transform=EVAL)
     assert torch.equal(
         torch.cat(list(loader)), torch.stack([reference[i] for i in range(len(items))])
     )
@@ -176,7 +180,7 @@ def test_one_packed_array(root: Path, tmp_path: Path) -> None:
     memory = np.memmap(packed, np.uint8, "r")
     labels = list(range(len(items)))
     dataset = gpupipe.ImageFiles(memory, labels, offsets=offsets, transform=EVAL)
-    both = ConcatDataset([Subset(dataset, [3, 1, 2]), dataset])
+    both: Any = ConcatDataset([Subset(dataset, [3, 1, 2]), dataset])
     theirs = list(TorchDataLoader(both, batch_size=5))
     loader = gpupipe.DataLoader(both, batch_size=5, num_workers=2)
     for mine, their in zip(loader, theirs, strict=True):
@@ -227,7 +231,7 @@ def test_a_bad_file_is_one_error_and_the_next_batch_comes(
 ) -> None:
     """The error names index and path; the epoch goes on behind it."""
     paths, bad = broken(root, tmp_path)
-    loader = gpupipe.DataLoader(paths, transform=TRAIN, seed=0, num_workers=num_workers)
+    loader = load(paths, transform=TRAIN, seed=0, num_workers=num_workers)
     iterator = iter(loader)
     for index, path in enumerate(paths):
         if index in bad:
@@ -249,7 +253,7 @@ def test_bad_files_leave_sizes_and_counts_as_they_are(
     log = tmp_path / f"bad-{simulated}.jsonl"
 
     def epoch(num_workers: int) -> tuple[list[torch.Tensor], list[int], Any]:
-        loader = gpupipe.DataLoader(
+        loader = load(
             paths, batch_size=6, transform=TRAIN, seed=4, num_workers=num_workers,
             on_error=on_error, error_log=log, return_indices=True,
             device=make_device(2) if simulated else "cpu",
@@ -281,7 +285,7 @@ def test_bad_files_leave_sizes_and_counts_as_they_are(
 def test_too_many_bad_files(root: Path, tmp_path: Path) -> None:
     """``max_errors`` ends the patience."""
     paths, _ = broken(root, tmp_path)
-    loader = gpupipe.DataLoader(
+    loader = load(
         paths, batch_size=6, transform=TRAIN, on_error="skip", max_errors=2, num_workers=1
     )
     with (
@@ -294,9 +298,7 @@ def test_too_many_bad_files(root: Path, tmp_path: Path) -> None:
 def test_a_whole_batch_of_bad_files(tmp_path: Path) -> None:
     """Nothing good is left to fill the batch with."""
     (tmp_path / "a.jpg").write_bytes(b"")
-    loader = gpupipe.DataLoader(
-        [str(tmp_path / "a.jpg")] * 3, batch_size=3, transform=EVAL, on_error="skip"
-    )
+    loader = load([str(tmp_path / "a.jpg")] * 3, batch_size=3, transform=EVAL, on_error="skip")
     with (
         pytest.warns(gpupipe.GpupipeWarning, match="left out"),
         pytest.raises(DecodeError, match="no sample of a batch of 3"),
@@ -391,7 +393,7 @@ def test_fast_decoding_is_near(tmp_path: Path) -> None:
     Image.fromarray(small).resize((1600, 1200), Image.Resampling.BICUBIC).save(path, quality=92)
     transform = T.Compose([T.RandomResizedCrop(64, scale=(0.3, 1.0)), T.ToTensor()])
     exact, fast = (
-        next(iter(gpupipe.DataLoader([str(path)] * 8, batch_size=8, transform=transform, seed=1,
+        next(iter(load([str(path)] * 8, batch_size=8, transform=transform, seed=1,
                                      decode=decode)))
         for decode in ("exact", "fast")
     )  # fmt: skip
@@ -435,5 +437,5 @@ def test_one_pixel_and_very_thin_images() -> None:
     items = [
         encoded(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((1, 1), (1, 900), (900, 1))
     ]
-    loader = gpupipe.DataLoader(items, batch_size=3, transform=TRAIN, seed=0)
+    loader = load(items, batch_size=3, transform=TRAIN, seed=0)
     assert gpupipe.verify(loader).ok

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
+from gpupipe import draws
 from gpupipe.draws import Draws
 from gpupipe.operators import crop, registry, resize
 from gpupipe.operators.lowered import Lowered
@@ -54,7 +55,7 @@ def test_crops_are_uniform() -> None:
 @pytest.mark.parametrize("off", [-1, 1])
 def test_an_off_by_one_in_a_range_is_seen(monkeypatch: pytest.MonkeyPatch, off: int) -> None:
     """A planted bug: the last place is left out, or one too many is there."""
-    own = crop.integers
+    own = draws.integers
     monkeypatch.setattr(crop, "integers", lambda words, n: own(words, n + off))
     params = drawn(v1.RandomCrop((20, 13)), 33, 50)
     assert not uniform_counts(params["top"], 14)

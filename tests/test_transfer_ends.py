@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from gpupipe import staging, transfer
-from gpupipe.devices import CpuDevice, Device
+from gpupipe.device import Device
+from gpupipe.devices import CpuDevice
 from gpupipe.errors import GpupipeError, GpupipeWarning
 from gpupipe.transfer import StagedFeed
 from tests.feeding import (
