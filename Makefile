@@ -11,6 +11,7 @@ demo: $(VENV)/ready-demo  ## the main job on Fashion-MNIST, under a minute; DATA
 	$(VENV)/bin/gpupipe demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: lint  ## everything CI runs: lint, types, imports, the whole suite
+	bash tools/pillows.sh
 	$(RUN) -m pytest --durations=10 $(ARGS)
 
 fast: $(VENV)/ready-dev  ## the suite without the slow tests

@@ -10,7 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = {"bench_normalize": "normalize_cpu.json", "bench_loader": "loader_cpu.json"}
+BENCHMARKS = {
+    "bench_normalize": "normalize_cpu.json",
+    "bench_loader": "loader_cpu.json",
+    "bench_augment": "augment_cpu.json",
+}
 
 
 def main() -> None:
