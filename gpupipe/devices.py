@@ -253,6 +253,11 @@ class CpuDevice:
         return tensor.to(self.torch_device) if self._copies else tensor
 
 
+def copies(device: Device) -> bool:
+    """Whether the CPU's kernel makes the batches of a device, which are then copied there."""
+    return isinstance(device, CpuDevice) and device.torch_device.type != "cpu"
+
+
 def for_programs(device: Device) -> Device:
     """Return the device that makes batches with geometry for another one.
 

@@ -41,7 +41,11 @@ class FileChunk(ProgramChunk):
         self._aside: dict[int, tuple[NDArray[np.int32], Recipe]] = {}
         (picks,) = batches
         self._batch = FileBatch(number, picks, reading, workers, self)
-        self._batch.wait_laid_out()
+        try:
+            self._batch.wait_laid_out()
+        except BaseException:
+            self._batch.cancel()
+            raise
 
     @property
     def picks(self) -> Picks:

@@ -38,6 +38,7 @@ class LoaderStats:
         batches: batches delivered.
         deviations: samples that went through the original transform after all.
         errors: encoded images that could not be read, and were left out.
+        seconds_decoding: time that decode threads spent at work, all of them together, s.
         seconds_waited: time that the loop spent in ``next()``, s.
     """
 
@@ -45,6 +46,7 @@ class LoaderStats:
     batches: int = 0
     deviations: int = 0
     errors: int = 0
+    seconds_decoding: float = 0.0
     seconds_waited: float = 0.0
 
 
@@ -186,6 +188,8 @@ class DataLoader(TorchDataLoader[T]):
         """What this loader has done so far."""
         self._stats.deviations = self._state.deviations
         self._stats.errors = self._state.faults.errors
+        workers = self._state.workers
+        self._stats.seconds_decoding = 0.0 if workers is None else workers.busy_s
         return self._stats
 
     def set_epoch(self, epoch: int) -> None:

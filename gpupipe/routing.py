@@ -106,7 +106,7 @@ def _array_route(
         return None
     where = device.torch_device
     cached = _cached(source, settings, state, device)
-    plan_.delivery = f"gather and {_kernel(plan_.pipeline)} in one kernel on {where}" + (
+    plan_.delivery = f"gather and {_kernel(plan_.pipeline)} in one kernel on {_place(device)}" + (
         ", dataset on the device" if cached else ""
     )
     assemble, with_columns = assembler(source, where)
@@ -122,6 +122,12 @@ def _array_route(
         assemble,
         cached=cached,
     )
+
+
+def _place(device: Device) -> str:
+    """Say where the kernel runs."""
+    where = str(device.torch_device)
+    return f"the CPU, one copy to {where}" if devices.copies(device) else where
 
 
 def _kernel(pipeline: Pipeline) -> str:
@@ -162,7 +168,7 @@ def _file_route(found: Found, settings: Settings, state: State, device: Device) 
     where = device.torch_device
     workers = state.threads(cpu_count() if settings.threads is None else settings.threads)
     how = f"decoded on {workers.threads} threads" if workers.threads else "decoded in line"
-    plan_.delivery = f"{how}, resample in one kernel on {where}"
+    plan_.delivery = f"{how}, resample in one kernel on {_place(device)}"
     assemble, with_columns = assembler(files, where)
     return FileRoute(
         device,
@@ -212,7 +218,7 @@ def _recorded(
             f"not all of the transform is fused: {pipeline.operators[0].name} runs on the CPU; "
             "leave strict=True out, or take the operator away"
         )
-    plan_.delivery = f"dataset[i], then normalize in one kernel on {device.torch_device}"
+    plan_.delivery = f"dataset[i], then {_kernel(pipeline)} in one kernel on {_place(device)}"
     fetcher = LiftedFetcher(
         found.dataset,
         found.place,

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from gpupipe.images import ImageKind
     from gpupipe.tape import Parameters, Tape
 
-Mask = "NDArray[np.bool_]"
-
 CHANNELS = {"L": 1, "RGB": 3}
 """PIL modes whose pixels have no alpha, which Pillow would multiply in before it resizes."""
 
