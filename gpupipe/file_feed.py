@@ -7,6 +7,7 @@ one decoded image per thread.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from gpupipe.device import Device
+from gpupipe.errors import GpupipeError
 from gpupipe.file_batch import FileBatch, Reading
 from gpupipe.geometry import check_program
 from gpupipe.program import FRAME, Frame
@@ -99,7 +101,8 @@ class FileFeed:
         self._count = 0
         self.pending = 0
         self.picks: Picks | None = None
-        weakref.finalize(self, _abandon, self._batches)
+        self._pid = os.getpid()
+        weakref.finalize(self, _abandon, self._batches, self._pid)
 
     def submit(self, batches: Sequence[Picks]) -> None:
         """Ask for batches; they are begun at once."""
@@ -115,8 +118,14 @@ class FileFeed:
 
         Raises:
             DecodeError: a sample could not be read.
+            GpupipeError: this is a forked child of the process that made the iterator.
             SourceError: images of different sizes.
         """
+        if os.getpid() != self._pid:
+            raise GpupipeError(
+                f"this loader's iterator was made before fork, in another process than "
+                f"{os.getpid()}; its threads stay there; iterate a loader in this process instead"
+            )
         batch, outputs = self._batches.popleft()
         self.pending -= 1
         try:
@@ -135,13 +144,15 @@ class FileFeed:
     def close(self) -> None:
         """Forget what was submitted; no task of it runs any more."""
         batches = [batch for batch, _ in self._batches]
-        _abandon(self._batches)
+        _abandon(self._batches, self._pid)
         for batch in batches:
             batch.cancel()
         self.pending = 0
 
 
-def _abandon(batches: deque[tuple[FileBatch, _Outputs]]) -> None:
+def _abandon(batches: deque[tuple[FileBatch, _Outputs]], pid: int) -> None:
     """Let no further task of these batches begin. Any thread, the collector's too: never waits."""
+    if os.getpid() != pid:
+        return  # a forked child: a thread of the parent may have held the locks
     while batches:
         batches.popleft()[0].cancel(wait=False)

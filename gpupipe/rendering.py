@@ -7,6 +7,7 @@ The same tape tells ``replay`` and ``verify`` what was drawn.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,9 +27,22 @@ from gpupipe.resampling import Weights
 from gpupipe.tables import Layout, Lookup
 from gpupipe.tape import Tape
 
-_WEIGHTS = Weights()
-"""Resize weights depend on sizes and filter alone: all loaders share them."""
-_WEIGHTS_LOCK = threading.Lock()
+
+class _Shared:
+    """Resize weights depend on sizes and filter alone: all loaders of a process share them."""
+
+    def __init__(self) -> None:
+        self.renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        """Begin anew: in a forked child, a thread of the parent may have held the locks."""
+        self.lock = threading.Lock()
+        self.weights = Weights()
+
+
+_SHARED = _Shared()
 
 
 @dataclass(frozen=True)
@@ -151,10 +165,10 @@ class Renderer:
 
     def program(self, tape: Tape, frames: NDArray[np.int64]) -> Program:
         """Write the program of a batch whose raw images lie as ``frames`` says."""
-        with _WEIGHTS_LOCK:
-            _WEIGHTS.begin()
-            steps = tape.finish(_WEIGHTS)
-            return Program(frames, steps, _WEIGHTS.data)
+        with _SHARED.lock:
+            _SHARED.weights.begin()
+            steps = tape.finish(_SHARED.weights)
+            return Program(frames, steps, _SHARED.weights.data)
 
     def reference(self, tape: Tape, n: int, image: Any) -> Any:
         """Return what torchvision makes of a raw image with the parameters of sample ``n``."""

@@ -65,10 +65,12 @@ class Workers:
         self._started: list[threading.Thread] = []
         self._numbers = count()
         self._queue = _Queue()
-        weakref.finalize(self, Workers._close, self._queue)
+        weakref.finalize(self, Workers._close, self._queue, os.getpid())
 
     @staticmethod
-    def _close(queue: _Queue) -> None:
+    def _close(queue: _Queue, pid: int) -> None:
+        if os.getpid() != pid:
+            return  # a forked child: a thread of the parent may have held the lock
         with queue.changed:
             queue.closed = True
             queue.tasks.clear()
@@ -103,7 +105,7 @@ class Workers:
 
     def close(self) -> None:
         """End the threads once they have finished the tasks at hand; waiting ones are forgotten."""
-        self._close(self._queue)
+        self._close(self._queue, os.getpid())
         if self._pid == os.getpid():
             for thread in self._started:
                 if thread is not threading.current_thread():
@@ -116,7 +118,7 @@ class Workers:
             return
         if self._pid:
             self._queue = _Queue()  # the parent's lock may have been held at the fork
-            weakref.finalize(self, Workers._close, self._queue)
+            weakref.finalize(self, Workers._close, self._queue, os.getpid())
         self._pid = os.getpid()
         self._started = [
             threading.Thread(target=self._queue.serve, name=f"gpupipe-decode-{number}", daemon=True)

@@ -439,3 +439,31 @@ def test_one_pixel_and_very_thin_images() -> None:
     ]
     loader = load(items, batch_size=3, transform=TRAIN, seed=0)
     assert gpupipe.verify(loader).ok
+
+
+def test_a_forked_child_iterates_anew(root: Path) -> None:
+    """The parent's iterator is refused there, a loader works, and the child ends."""
+    import os
+
+    loader = gpupipe.DataLoader(folder(root), batch_size=8, seed=0, num_workers=2)
+    iterator = iter(loader)
+    expected = next(iterator)[0].clone()
+    receiving, sending = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            try:
+                next(iterator)
+                refused = b"0"
+            except gpupipe.GpupipeError:
+                refused = b"1"
+            loader.set_epoch(0)
+            same_bits = torch.equal(next(iter(loader))[0], expected)
+            os.write(sending, refused + (b"1" if same_bits else b"0"))
+        finally:
+            os._exit(0)
+    os.close(sending)
+    assert os.read(receiving, 2) == b"11"
+    os.close(receiving)
+    os.waitpid(pid, 0)
+    assert len(list(iterator)) == 5
