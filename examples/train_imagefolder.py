@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--workers", type=int, default=2, help="decode threads")
-    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--lr", type=float, default=0.01)
     args = parser.parse_args()
     if args.data is None and args.generate is None:
         parser.error("give --data, or --generate N")

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 Where = Literal["fused", "cpu", "refused"]
 
+TENSOR_LEVELS = 2
+"""The most that a resize of a uint8 tensor was seen to differ from torchvision's."""
+
 _PROOF_SIZES = ((7, 5), (3, 16), (1, 1), (19, 21))
 """Heights and widths of the images that prove a kernel: below, at and beyond a vector.
 
@@ -101,13 +104,13 @@ class Pipeline:
 
     def misfit(self, kind: ImageKind) -> tuple[int, str] | None:
         """Return the number of the operator that images of a kind cannot go through, and why."""
-        for number, lowered, tensor in self._walk(kind):
+        for number, lowered, tensor in self.walk(kind):
             reason = lowered.check(kind, tensor=tensor)
             if reason:
                 return number, reason
         return None
 
-    def _walk(self, kind: ImageKind) -> Iterator[tuple[int, Lowered, bool]]:
+    def walk(self, kind: ImageKind) -> Iterator[tuple[int, Lowered, bool]]:
         """Yield the operators with steps, their numbers, and whether they are given tensors."""
         tensor = kind.container in ("tensor", "Image")
         for number, lowered in enumerate(self.lowered, start=self.cut):
@@ -136,13 +139,13 @@ class Pipeline:
         return f"{self.operators[number].name}: {reason}"
 
     def levels_off(self, kind: ImageKind) -> int:
-        """Return by how many uint8 levels the kernel may differ from torchvision: 0 or 1.
+        """Return by how many uint8 levels the kernel may differ from torchvision: 0 or 2.
 
         torchvision resizes uint8 tensors in another arithmetic than PIL images, which changes with
-        the CPU's vector width.
+        the CPU's vector width; two levels were measured, rarely (``docs/augment.md``).
         """
-        inexact = (tensor and not part.exact_on_tensors for _, part, tensor in self._walk(kind))
-        return int(any(inexact))
+        inexact = (tensor and not part.exact_on_tensors for _, part, tensor in self.walk(kind))
+        return TENSOR_LEVELS if any(inexact) else 0
 
 
 def flatten(transform: Any, position: str = "") -> list[Operator]:

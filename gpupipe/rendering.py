@@ -130,7 +130,7 @@ class Renderer:
         draws.prepare([number for lowered in self.pipeline.steps for number in lowered.numbers()])
         tape = Tape(draws, heights, widths, self.kind.channels)
         everywhere = np.ones(len(picks), bool)
-        for lowered in self.pipeline.steps:
+        for _, lowered, tape.tensors in self.pipeline.walk(self.kind):
             lowered.play(tape, everywhere)
         return tape
 

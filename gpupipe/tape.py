@@ -42,6 +42,7 @@ class Tape:
         heights: int64 [N], as the operators so far leave them.
         widths: likewise.
         raw_sizes: heights and widths of the raw images.
+        tensors: whether the images are uint8 tensors for the operator at hand, not PIL images.
     """
 
     def __init__(self, draws: Draws, heights: Ints, widths: Ints, channels: int) -> None:
@@ -49,6 +50,7 @@ class Tape:
         self.heights = heights.astype(np.int64)
         self.widths = widths.astype(np.int64)
         self.raw_sizes = self.heights, self.widths
+        self.tensors = False
         self.channels = channels
         self._columns: list[
             NDArray[np.int32]
@@ -107,7 +109,8 @@ class Tape:
     def resize(self, where: Mask, height: Ints | int, width: Ints | int, kind: Filter) -> None:
         """Resample to a size."""
         self._refuse_empty(where, height, width)
-        self._step(where, Code.RESIZE, height, width, kind, self.heights, self.widths)
+        sizes = self.heights, self.widths
+        self._step(where, Code.RESIZE, height, width, kind, *sizes, int(self.tensors))
         self.heights = np.where(where, height, self.heights)
         self.widths = np.where(where, width, self.widths)
 
@@ -175,12 +178,14 @@ class Tape:
                 continue
             height, width, kinds, in_height, in_width = steps[here, column, 1:6].T.astype(np.int64)
             first = vertical_first(in_height, in_width, height, width)
+            first &= steps[here, column, 6] == 0  # torch resizes tensors columns first, always
             rows, columns = np.zeros(len(here), np.int64), np.zeros(len(here), np.int64)
             for kind in np.unique(kinds):
                 one = kinds == kind
                 rows[one] = weights.find(in_height[one], height[one], Filter(kind))
                 columns[one] = weights.find(in_width[one], width[one], Filter(kind))
             steps[here, column, 3:6] = np.stack([first, rows, columns], axis=1)
+            steps[here, column, 6] = 0
         return steps
 
     def source_windows(self) -> tuple[Ints, Ints, Ints, Ints]:

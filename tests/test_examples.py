@@ -70,11 +70,22 @@ def test_example_on_fashion_mnist(tmp_path: Path) -> None:
 def test_imagefolder_example_on_drawn_files(tmp_path: Path) -> None:
     """Training and validation run over JPEGs, and stripes are told apart."""
     script = str(ROOT / "examples" / "train_imagefolder.py")
-    options = ["--generate", "160", "--size", "48", "--batch", "8"]
+    options = [
+        "--generate",
+        "160",
+        "--size",
+        "48",
+        "--batch",
+        "8",
+        "--epochs",
+        "3",
+        "--lr",
+        "0.005",
+    ]
     text = _run([script, *options], tmp_path)
     found = re.findall(r"validation accuracy ([\d.]+)%", text)
-    assert len(found) == 1, text
-    assert float(found[0]) > 70
+    assert len(found) == 3, text
+    assert max(map(float, found)) > 70
 
 
 def test_example_is_short() -> None:
