@@ -263,7 +263,8 @@ def _cached(
         return None
     if not device.is_async:
         raise DeviceError(
-            f'cache="device" needs a kernel on {device.torch_device}, which has none; leave it out'
+            f'cache="device" needs a kernel that runs on {device.torch_device}, and for this '
+            "transform there is none; leave it out"
         )
     return state.device_copy(source, device)
 
